@@ -1,0 +1,99 @@
+"""Every field once: unit, legal values, source. A variant is `base.get_config()` and a few changed lines."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the defaults: DeiT-Ti/16 without a teacher on tf_flowers."""
+    c = ConfigDict()
+    c.seed = 0  # drives the data stream: order, crops, flips
+    c.epochs = 20.0  # passes over the training split
+    c.total_updates = 0  # optimizer steps; > 0 replaces `epochs` and shrinks every duration in proportion
+    c.global_batch = 256  # examples per optimizer update = replicas x micro_batch x accum_steps
+    c.micro_batch = 16  # examples per forward/backward pass on one replica
+    c.precision = "float32"  # float32 | tf32 | mixed_bfloat16 | mixed_float16
+    c.strategy = "auto"  # auto | one_device | mirrored | multi_worker
+    c.devices = 0  # with strategy=mirrored: how many devices (0 = every GPU; on a CPU, logical devices)
+    c.max_skipped = 10  # updates in a row with non-finite gradients before the run stops with exit code 4
+
+    c.data = ConfigDict()
+    c.data.name = "tfds:tf_flowers"  # tfds:NAME | folder:PATH (a folder per class) | digits (scikit-learn's)
+    c.data.data_dir = ""  # where TFDS looks for and prepares data; "" = its default
+    c.data.train_split = "train[:90%]"
+    c.data.eval_split = "train[90%:]"
+    c.data.image_size = 224  # px, the side of the student's square input
+    c.data.train_size = 3303  # examples; read only by --mode=plan where the data is absent
+    c.data.eval_size = 367  # examples; as above
+    c.data.num_classes = 5  # as above; where the data is present it must agree
+    c.data.max_bad_fraction = 0.01  # unreadable images tolerated, as a fraction of what was read; 0 to 1
+    c.data.threads = 0  # threads that decode and augment; 0 = tf.data decides
+
+    c.augment = ConfigDict()
+    c.augment.crop = "resize_crop"  # resize_crop (Keras example: resize to S + margin, random S crop) | random_resized
+    c.augment.resize_margin = 20  # px, for resize_crop
+    c.augment.scale = (0.08, 1.0)  # fraction of the area, for random_resized
+    c.augment.ratio = (3 / 4, 4 / 3)  # width / height, for random_resized
+    c.augment.flip = 0.5  # probability of a horizontal flip
+
+    c.model = ConfigDict()
+    c.model.variant = "deit_tiny_distilled_patch16_224"  # timm's names | keras_example | deit_micro[_distilled] | backbone | groupnorm_resnet
+    c.model.seed = 0  # drives initial weights and drop-path
+    c.model.drop_path = 0.1  # rate of the last block, linear over depth; 0 <= . < 1
+    c.model.mean = (0.485, 0.456, 0.406)  # input is (x / 255 - mean) / std; ImageNet's
+    c.model.std = (0.229, 0.224, 0.225)
+    c.model.backbone = "MobileNet"  # with variant=backbone: a classifier of tf_keras.applications
+    c.model.weights = "imagenet"  # with variant=backbone: imagenet | none | path of a Keras weights file
+    c.model.cut = ""  # with variant=backbone: last layer kept; "" = all but the classifier
+
+    c.optim = ConfigDict()
+    c.optim.peak_lr = 1e-3  # learning rate after warm-up, at batch `lr_batch`
+    c.optim.lr_batch = 0  # peak_lr is scaled by global_batch / lr_batch (DeiT: 512); 0 = used as it is
+    c.optim.schedule = "cosine"  # cosine | constant
+    c.optim.warmup_epochs = 2.0
+    c.optim.warmup_lr = 0.0  # where warm-up starts
+    c.optim.final_lr = 0.0  # where the cosine ends
+    c.optim.weight_decay = 0.05
+    c.optim.decay_coupled = True  # True: decay x lr(update), as in PyTorch and the DeiT paper; False: TFA's own
+    c.optim.decay_exclude = True  # no decay on 1-D tensors, biases, position embedding and tokens (DeiT)
+    c.optim.beta_1 = 0.9
+    c.optim.beta_2 = 0.999
+    c.optim.epsilon = 1e-8
+    c.optim.amsgrad = False
+    c.optim.clip_norm = 0.0  # global norm of the gradients; 0 = off
+    c.optim.ema_decay = 0.999  # at update t: min(ema_decay, (1 + t) / (10 + t)); 0 = no EMA
+
+    c.loss = ConfigDict()
+    c.loss.kind = "ce"  # ce | bce (DeiT-III)
+    c.loss.smoothing = 0.1  # 0 <= . < 1
+
+    c.distill = ConfigDict()
+    c.distill.kind = "none"  # none | soft (paper eq. 2) | hard (paper eq. 3)
+    c.distill.alpha = 0.5  # weight of the distillation term, 0 to 1
+    c.distill.tau = 3.0  # temperature of soft distillation, > 0
+    c.distill.form = "kl"  # soft only: kl (tau^2 KL) | ce (cross-entropy with softmax(Zt / tau), no tau^2)
+    c.distill.reduction = "batch"  # batch (mean over examples) | batch_classes (facebookresearch/deit: B * C)
+    c.distill.weighting = "convex"  # convex ((1 - alpha), alpha) | sum (1, alpha): timm's is sum with alpha 1
+
+    c.teacher = ConfigDict()
+    c.teacher.kind = "none"  # none | saved_model | keras_application | run | train
+    c.teacher.path = ""  # saved_model: directory, zip or URL; run: a run directory
+    c.teacher.sha256 = ""  # saved_model as zip or URL: refuse another content
+    c.teacher.image_size = 0  # px the teacher wants, for saved_model and keras_application; 0 = the student's
+    c.teacher.name = "ResNet50"  # keras_application: a classifier of tf_keras.applications
+    c.teacher.weights = "imagenet"  # keras_application: imagenet | path of a Keras weights file with the data's classes
+    c.teacher.batch = 64  # images per teacher pass
+    c.teacher.min_accuracy = 0.0  # refuse to train below this top-1 on the evaluation split, 0 to 1
+    c.teacher.train = ConfigDict()  # kind=train: a whole config; main.py trains it first into <workdir>/teacher
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_updates = 50  # 0 = only at the end
+    c.checkpoint.keep = 3  # newest ones kept; the best on the evaluation split is kept besides
+
+    c.eval = ConfigDict()
+    c.eval.every_updates = 50  # 0 = only at the end
+    c.eval.batch = 64  # images per pass
+    c.eval.crop_ratio = 0.0  # 0 = plain resize (Keras example); else resize to S / crop_ratio, centre crop S
+
+    c.log = ConfigDict()
+    c.log.every_updates = 1
+    return c

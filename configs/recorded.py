@@ -1,0 +1,16 @@
+"""Repeat a recorded run: `--config=runs/NAME/config.json` is read through this file."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import base
+from deit import config as configuration
+
+
+def get_config(path: str) -> ConfigDict:
+    """Return the configuration of a config.json, what was resolved from it left out."""
+    recorded = configuration.from_json(Path(path).read_text(), base.get_config())
+    with recorded.unlocked():
+        recorded.pop("resolved", None)
+    return recorded

@@ -1,0 +1,114 @@
+"""What `main.py` and the tools share at the command line: one clear line for bad input, and exit codes.
+
+Imports no TensorFlow, so that a typing error is answered in a second.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from deit import config as configuration, errors
+
+
+def run(main: Callable[[list[str]], int], *, config_flag: str = "", default_config: str = "") -> None:
+    """Parse the flags, call `main(argv)` and leave with its exit code; a UserError is one line and exit 1.
+
+    `config_flag`: name of a config_flags file flag; `default_config` is its value where none is given.
+    """
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.set_stderrthreshold("info")
+    logging.get_absl_handler().setFormatter(_Plain())
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            if config_flag:
+                argv = _with_config(list(argv), config_flag, default_config)
+            rest = flags.FLAGS(argv)
+            if len(rest) > 1 and not _takes_arguments(main):
+                raise errors.UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+            return rest
+        except SystemExit:
+            raise
+        except Exception as error:
+            _leave(_explain(error, argv, config_flag))
+
+    def guarded(argv: list[str]) -> int:
+        try:
+            return main(argv)
+        except errors.UserError as error:
+            _leave(str(error))
+        except KeyboardInterrupt:
+            _leave("interrupted; the same command continues from the newest checkpoint", code=130)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def default_workdir(config_path: str) -> Path:
+    """Return runs/<config name>[-<config arg>]; for a recorded config.json, runs/<its run>-repeat."""
+    path, _, arg = config_path.partition(":")
+    if Path(path).name == _RECORDED:
+        return Path("runs") / f"{Path(arg).resolve().parent.name}-repeat"
+    name = Path(path).stem + (f"-{arg}" if arg else "")
+    return Path("runs") / re.sub(r"[^\w.=-]+", "_", name)
+
+
+_RECORDED = "recorded.py"
+
+
+def _with_config(argv: list[str], flag: str, default: str) -> list[str]:
+    """Return argv with one --flag=FILE.py[:ARG] first: the default where none is given, config.json by recorded.py."""
+    value, rest, words = default, [], iter(argv[1:])
+    for word in words:
+        name, equals, text = word.lstrip("-").partition("=")
+        if word.startswith("-") and name == flag:
+            value = text if equals else next(words, "")
+        else:
+            rest.append(word)
+    path = value.partition(":")[0]
+    if not Path(path).is_file():
+        raise errors.UserError(f"--{flag} ({path}) must be a configuration file or the config.json of a run: no such file")
+    if path.endswith(".json"):
+        value = f"{Path(default).with_name(_RECORDED)}:{path}"
+    return [argv[0], f"--{flag}={value}", *rest]
+
+
+def _explain(error: Exception, argv: Sequence[str], flag: str) -> str:
+    """Return one line for what went wrong while the flags were read."""
+    if isinstance(error, AttributeError) and flag:
+        try:
+            known = [name for name, _ in configuration.flatten(flags.FLAGS[flag].value)]
+        except Exception:
+            known = []
+        prefix = f"--{flag}."
+        for word in argv:
+            name = word.partition("=")[0].removeprefix(prefix)
+            if word.startswith(prefix) and known and name not in known and not name.startswith("teacher.train."):
+                return configuration.unknown_field(name, known)
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(str(text).split())
+
+
+def _takes_arguments(main: Callable) -> bool:
+    return bool(getattr(main, "takes_arguments", False))
+
+
+def complain(text: str) -> None:
+    """Print an error as one line on stderr."""
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _leave(text: str, code: int = 1) -> None:
+    complain(text)
+    sys.exit(code)
+
+
+class _Plain(logging.PythonFormatter):
+    """Time and text; the level only where it is a warning or worse."""
+
+    def format(self, record) -> str:
+        level = "" if record.levelno <= 20 else record.levelname.lower() + ": "
+        return f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"

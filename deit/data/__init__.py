@@ -1,0 +1,1 @@
+"""Examples, the position stream, augmentation."""

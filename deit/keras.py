@@ -1,0 +1,29 @@
+"""The only door to legacy Keras (tf_keras 2.15): a move to another Keras starts and ends here.
+
+tensorflow-addons subclasses `tf.keras`' legacy optimizers, so `tf.keras` must be tf_keras; TensorFlow reads
+TF_USE_LEGACY_KERAS when `tf.keras` is first touched, and nothing in this package touches it before this line.
+"""
+
+import os
+
+os.environ["TF_USE_LEGACY_KERAS"] = "1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # 2 still prints three false errors about CUDA at import
+
+import tensorflow as tf  # noqa: E402
+import tf_keras  # noqa: E402
+from tf_keras import (  # noqa: E402, F401
+    Input,
+    Model,
+    Sequential,
+    applications,
+    backend,
+    initializers,
+    layers,
+    mixed_precision,
+    models,
+    optimizers,
+    utils,
+)
+
+if tf.keras.layers.Layer is not tf_keras.layers.Layer:
+    raise ImportError("tf.keras was loaded before deit.keras: set TF_USE_LEGACY_KERAS=1 before importing TensorFlow")

@@ -1,0 +1,237 @@
+"""train(config, workdir): the one long function, in named acts that read top to bottom.
+
+Promises: the same command in the same workdir continues the run and ends with the same bits as a run that was
+never stopped; a finished run is printed, not repeated; a workdir of another configuration is refused untouched;
+the last update is always logged, evaluated and checkpointed, whatever the intervals.
+"""
+
+import dataclasses
+import platform
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+import deit
+from configs import base
+from deit import checkpoint, config as configuration, errors, evaluate, pictures, plan, runtime, summaries, teachers, train_step
+from deit.data import sources, stream
+from deit.models import factory
+from deit.teachers import report as teacher_report
+
+
+class Diverged(Exception):
+    """Non-finite gradients in `max_skipped` updates in a row: exit code 4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: its last update and the metrics of its last evaluation."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
+    """Train `config` in `workdir`, or continue there, and return the result. `config` is validated.
+
+    Errors: UserError for what a user can put right; Diverged. On every error the newest checkpoint stays.
+    """
+    # --- What is there: data, the resolved plan, the run so far -------------------------------------------
+    train_source = sources.open_source(config.data, config.data.train_split)
+    eval_source = sources.open_source(config.data, config.data.eval_split)
+    sources.check_classes(train_source, eval_source)
+    config = configuration.resolve(
+        config,
+        train_size=len(train_source),
+        eval_size=len(eval_source),
+        classes=train_source.classes,
+        replicas=strategy.num_replicas_in_sync,
+    )
+    total = config.resolved.total_updates
+    claim_workdir(config, workdir)
+    newest = checkpoint.newest(workdir, set_aside=True)
+    if newest is not None and checkpoint.manifest(newest)["step"] >= total:
+        return finished(newest, workdir)
+
+    # --- Teacher, student and the state of the run --------------------------------------------------------
+    with strategy.scope():
+        teacher = teachers.build(config, classes=config.resolved.classes, workdir=workdir)
+        network = factory.build(
+            config.model,
+            num_classes=len(config.resolved.classes),
+            image_size=config.data.image_size,
+            precision=config.precision,
+        )
+        state = train_step.create_state(config, network)
+        if newest is not None:
+            train_step.restore(state, checkpoint.read(newest)[0])
+    step = int(state.step.numpy())
+    logging.info("plan\n%s", plan.describe(config, network=network, teacher=teacher))
+
+    # --- Data, from this update on ------------------------------------------------------------------------
+    iterator = iter(batches_of(config, strategy, train_source, network, start_update=step))
+    eval_batches = stream.evaluation(eval_source, config, batch=config.eval.batch)
+
+    # --- The teacher is measured before it teaches --------------------------------------------------------
+    writer = summaries.Summaries(workdir, start_step=step if newest is not None else -1)
+    teacher_labels = None
+    if teacher is not None:
+        logging.info("measuring the teacher on %s", config.data.eval_split)
+        found = teacher_report.measure(teacher, eval_batches, config.resolved.classes)
+        teacher_labels = found.labels
+        logging.info("teacher %s", "  ".join(f"{k} {v:.4f}" for k, v in found.metrics.items()))
+        teacher_report.gate(found, config.teacher.min_accuracy)
+        if newest is None:
+            writer.scalars(0, found.metrics)
+    if newest is None:
+        writer.text(0, "config", f"```json\n{configuration.to_json(config)}\n```")
+    else:
+        logging.info("continuing %s after update %d of %d", workdir, step, total)
+
+    # --- The loop -------------------------------------------------------------------------------------------
+    update = train_step.make(config, strategy, state, teacher)
+    predict = evaluate.predictor(network)
+    saver = checkpoint.Saver(
+        workdir, config_json=configuration.to_json(config), keep=config.checkpoint.keep, versions=versions()
+    )
+    learning_rate = state.optimizer.learning_rate_at
+    progress = summaries.Progress(start=step, total=total, batch=config.global_batch, log_every=config.log.every_updates)
+    metrics: dict[str, float] = {}
+    while step < total:
+        batch = next(iterator)
+        if step == 0:
+            first = strategy.experimental_local_results(batch["image"])[0]
+            labels = strategy.experimental_local_results(batch["label"])[0]
+            writer.image(0, "train/first_batch", pictures.batch(first[:16].numpy(), labels[:16].numpy(), config.resolved.classes))
+        rate = float(learning_rate(step))
+        vector = update(batch).numpy()  # the one read of the device an update
+        step += 1
+        guard(config, vector, step)
+
+        line: dict[str, float] = {}
+        due = due_at(step, total)
+        if due(config.log.every_updates):
+            line = train_metrics(config, vector, rate, state)
+            line["perf/images_per_sec"] = progress.rate(step)
+        progress.show(step, line)
+        if due(config.eval.every_updates):
+            progress.pause()
+            report = evaluate.student(predict, eval_batches, config.resolved.classes, state, teacher_labels=teacher_labels)
+            metrics = report.metrics
+            line.update(metrics)
+            logging.info("update %d/%d  %s", step, total, headline(metrics))
+            writer.image(step, "eval/confusion", pictures.confusion_matrix(report.confusion, config.resolved.classes))
+            progress.resume()
+        if line:
+            writer.scalars(step, line)
+        if due(config.checkpoint.every_updates):
+            writer.flush()
+            at_step = metrics if due(config.eval.every_updates) else {}
+            saver.save(step, train_step.snapshot(state), metrics=at_step)
+    saver.join()
+    progress.close()
+    writer.close()
+    return Result(step, metrics)
+
+
+def claim_workdir(config, workdir: Path) -> None:
+    """Write config.json into a new workdir; in one that has it, refuse a configuration that changes the result."""
+    path = workdir / "config.json"
+    if path.exists():
+        recorded = configuration.from_json(path.read_text(), base.get_config())
+        changes = configuration.difference(recorded, config)
+        if changes:
+            raise errors.UserError(
+                f"{workdir} holds a run of another configuration ({'; '.join(changes[:8])}): "
+                "choose another --workdir= or put the fields back"
+            )
+        return
+    if (workdir / "checkpoints").exists():
+        raise errors.UserError(f"{workdir} has checkpoints but no config.json: choose another --workdir=")
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(configuration.to_json(config))
+    temporary.replace(path)
+
+
+def batches_of(config, strategy, source, network, *, start_update: int):
+    """Return the distributed stream from `start_update` on: each worker reads its own slice of every batch.
+
+    A worker with several replicas reads one dataset whose elements are one replica's slice each, in replica
+    order: that is how `distribute_datasets_from_function` hands them out.
+    """
+    share = config.global_batch // config.resolved.replicas
+    index, workers = runtime.worker()
+    local = config.resolved.replicas // workers
+
+    def of_worker(_):
+        dataset = stream.training(
+            source,
+            config,
+            start_update=start_update,
+            slice_start=index * local * share,
+            slice_size=local * share,
+            drop_rates=network.drop_rates,
+        )
+        if local == 1:
+            return dataset
+        return dataset.flat_map(
+            lambda batch: tf.data.Dataset.from_tensor_slices(
+                {name: tf.reshape(value, [local, share, *value.shape[1:]]) for name, value in batch.items()}
+            )
+        )
+
+    return strategy.distribute_datasets_from_function(of_worker)
+
+
+def finished(newest: Path, workdir: Path) -> Result:
+    """Print a run that has reached its last update."""
+    manifest = checkpoint.manifest(newest)
+    logging.info("%s is finished: update %d  %s", workdir, manifest["step"], headline(manifest["metrics"]))
+    return Result(manifest["step"], manifest["metrics"])
+
+
+def due_at(step: int, total: int):
+    """Return `due(every)`: whether something done every so many updates (0 = only at the end) is due now."""
+    return lambda every: step == total or (every > 0 and step % every == 0)
+
+
+def train_metrics(config, vector: np.ndarray, rate: float, state) -> dict[str, float]:
+    """Name the entries of an update's vector; without a teacher there is no distillation term to log."""
+    named = dict(zip(train_step.METRICS, vector.tolist()))
+    names = ["train/loss", "train/loss_cls", "optim/grad_norm"]
+    if config.distill.kind != "none":
+        names.insert(2, "train/loss_distill")
+    line = {name: named[name] for name in names}
+    line["optim/lr"] = rate
+    line["data/bad_images"] = float(state.bad_images.numpy())
+    if config.precision == "mixed_float16":
+        line["optim/loss_scale"] = float(state.loss_scale.numpy())
+    return line
+
+
+def guard(config, vector: np.ndarray, step: int) -> None:
+    """Warn of a skipped update; raise Diverged after max_skipped in a row."""
+    named = dict(zip(train_step.METRICS, vector.tolist()))
+    if named["finite"]:
+        return
+    first = (step - 1) * config.global_batch
+    why = "every image was unreadable" if named["data/weight"] == 0 else "non-finite gradients"
+    logging.warning("update %d skipped: %s (positions %d to %d)", step, why, first, first + config.global_batch - 1)
+    if named["skipped_in_row"] >= config.max_skipped:
+        raise Diverged(f"update {step}: {config.max_skipped} updates in a row had non-finite gradients (max_skipped)")
+
+
+def check_readable(config, bad_images: float) -> None:
+    """Raise UserError once more than max_bad_fraction of the split, or of all that was read, was unreadable."""
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """Return the numbers of an evaluation that people look for first."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/recall/" not in name and "/images" not in name)
+
+
+def versions() -> dict[str, str]:
+    """Return what a checkpoint's manifest says about the software that wrote it."""
+    return {"deit": deit.__version__, "tensorflow": tf.__version__, "python": platform.python_version()}

@@ -1,0 +1,1 @@
+"""Students, and the small networks that can teach them."""

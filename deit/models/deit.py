@@ -1,0 +1,119 @@
+"""DeiT (Touvron 2021): a vision transformer with a class token and, distilled, a second token and head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from deit import keras
+from deit.models import vit
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of one variant.
+
+    Attributes:
+      dim: channels of a token.
+      depth: blocks.
+      heads: attention heads (DeiT: dim / 64).
+      patch: px, the side of a patch.
+      distilled: whether there is a distillation token with a head of its own.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    patch: int
+    distilled: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A transformer as layers that are not connected yet."""
+
+    normalize: Any
+    patch_embed: Any
+    tokens: Any
+    blocks: Sequence[Any]
+    norm: Any
+    heads: dict[str, Any]  # "cls" and perhaps "dist", in the order of their tokens
+
+
+def rates(drop_path: float, depth: int) -> tuple[float, ...]:
+    """Return the drop rate of each block: linear from 0 to `drop_path`."""
+    return tuple(drop_path * i / max(depth - 1, 1) for i in range(depth))
+
+
+def build(
+    shape: Shape,
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    drop_path: float,
+    policy: Any,
+) -> tuple[Any, Any]:
+    """Return the inference model and the training model of one set of variables (see `connect`)."""
+    prefix = 2 if shape.distilled else 1
+    last = shape.depth - 1
+    parts = Parts(
+        normalize=vit.Normalize(mean, std, name="normalize", dtype=policy),
+        patch_embed=vit.PatchEmbed(shape.dim, shape.patch, name="patch_embed", dtype=policy),
+        tokens=vit.PrefixTokens(shape.distilled, name="tokens", dtype=policy),
+        blocks=[
+            vit.Block(
+                shape.dim,
+                shape.heads,
+                rate=rate,
+                keep=prefix if i == last else 0,
+                name=f"blocks.{i}",
+                dtype=policy,
+            )
+            for i, rate in enumerate(rates(drop_path, shape.depth))
+        ],
+        norm=vit.layer_norm("norm", policy),
+        heads=heads(num_classes, distilled=shape.distilled, initializer=vit.truncated_normal),
+    )
+    return connect(parts, name, image_size=image_size)
+
+
+def heads(num_classes: int, *, distilled: bool, initializer: Any) -> dict[str, Any]:
+    """Return the linear heads by output name, float32 in every precision, each with its `initializer()`."""
+    names = {"cls": "head", "dist": "head_dist"} if distilled else {"cls": "head"}
+    return {
+        output: keras.layers.Dense(num_classes, kernel_initializer=initializer(), name=name, dtype="float32")
+        for output, name in names.items()
+    }
+
+
+def connect(parts: Parts, name: str, *, image_size: int) -> tuple[Any, Any]:
+    """Connect the layers into two functional models over the same variables.
+
+    The first takes image [B, S, S, 3] float32 in [0, 255], the second a dict of it and drop [B, 2 * depth]
+    (1 = branch kept, 0 = dropped). Both return {"cls": [B, C]} or {"cls", "dist"}: float32 logits.
+    """
+    image = keras.Input([image_size, image_size, 3], name="image", dtype="float32")
+    drop = keras.Input([2 * len(parts.blocks)], name="drop", dtype="float32")
+    x = parts.tokens(parts.patch_embed(parts.normalize(image)))  # [B, N, D]
+    take = {
+        output: vit.TakeToken(i, name=f"take_{output}", dtype="float32")
+        for i, output in enumerate(parts.heads)
+    }
+
+    def finish(x: Any) -> dict[str, Any]:
+        x = parts.norm(x)
+        return {key: head(take[key](x)) for key, head in parts.heads.items()}
+
+    plain, dropped = x, x
+    split = vit.SplitDrop(len(parts.blocks), name="split_drop", dtype="float32")(drop)
+    for block, kept in zip(parts.blocks, split):
+        plain = block(plain)
+        dropped = block(dropped, drop=kept)
+    return (
+        keras.Model(image, finish(plain), name=name),
+        keras.Model({"image": image, "drop": drop}, finish(dropped), name=f"{name}_training"),
+    )

@@ -1,0 +1,153 @@
+"""Variant names to networks. To the rest of the house a network is a `Network`, whatever it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import tensorflow as tf
+
+from deit import errors, keras
+from deit.models import cnn, deit, keras_example, paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A classifier that takes images [B, S, S, 3] float32 in [0, 255] and carries its own preprocessing.
+
+    Attributes:
+      model: functional Keras model of image, gives {"cls": [B, C]} or {"cls", "dist"}: float32 logits.
+      train_model: the same variables, inputs {"image", "drop"}; `model` itself where `drop_rates` is empty.
+      drop_rates: probability that a residual branch is dropped, two for each block (attention, MLP).
+      image_size: px, S.
+      num_classes: C.
+    """
+
+    model: Any
+    train_model: Any
+    drop_rates: tuple[float, ...]
+    image_size: int
+    num_classes: int
+
+    def logits(self, images: tf.Tensor, drop: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
+        """Return each head's logits; `drop` [B, len(drop_rates)] is 1 for kept branches, 0 for dropped."""
+        if drop is None or not self.drop_rates:
+            return self.model(images, training=False)
+        return self.train_model({"image": images, "drop": drop}, training=False)
+
+
+def fused(outputs: dict[str, tf.Tensor]) -> tf.Tensor:
+    """Return the logits of the prediction [B, C]: the mean of both heads' or those of the only head."""
+    if "dist" in outputs:
+        return (outputs["cls"] + outputs["dist"]) * 0.5
+    return outputs["cls"]
+
+
+def variants() -> tuple[str, ...]:
+    """Return every legal value of `model.variant`."""
+    return (*_DEIT, *_OTHERS)
+
+
+def shape(variant: str) -> deit.Shape | None:
+    """Return the sizes of a DeiT variant; None where `variant` is no DeiT."""
+    return _DEIT.get(variant)
+
+
+def check(model_config: Any, image_size: int) -> None:
+    """Raise UserError if `build` would refuse this; builds nothing."""
+    name = model_config.variant
+    if name not in variants():
+        near = difflib.get_close_matches(name, variants(), n=3, cutoff=0.4) or variants()
+        raise errors.UserError(f"model.variant ({name}) is unknown; nearest: {', '.join(near)}")
+    if name in _DEIT:
+        _check_patch(_DEIT[name].patch, name, image_size)
+    if name == "keras_example":
+        _check_patch(keras_example.PATCH, name, image_size)
+    if name == "backbone":
+        cnn.check(model_config)
+    if not 0.0 <= model_config.drop_path < 1.0:
+        raise errors.UserError(f"model.drop_path ({model_config.drop_path}) must be in [0, 1)")
+    for field, least in (("mean", None), ("std", 0.0)):
+        value = tuple(model_config[field])
+        if len(value) != 3 or (least is not None and min(value) <= least):
+            raise errors.UserError(
+                f"model.{field} ({value}) must be three numbers{', > 0' if least == 0 else ''}"
+            )
+
+
+def build(model_config: Any, *, num_classes: int, image_size: int, precision: str) -> Network:
+    """Build the network of `config.model` and give it its initial weights.
+
+    `precision` is float32, tf32, mixed_bfloat16 or mixed_float16; variables and logits are float32 in each.
+
+    Raises:
+      UserError: unknown variant or backbone, a patch that does not divide the image, a missing weights file.
+    """
+    check(model_config, image_size)
+    if precision not in _POLICIES:
+        raise errors.UserError(f"precision ({precision}) must be one of {', '.join(_POLICIES)}")
+    sizes = {"num_classes": num_classes, "image_size": image_size}
+    policy = keras.mixed_precision.Policy(_POLICIES[precision])
+    name = model_config.variant
+    if name in ("backbone", "groupnorm_resnet"):
+        model, loaded = _OTHERS[name](model_config, **sizes, policy=policy)
+        paths.initialise(model, model_config.seed, loaded=loaded)
+        return Network(model, model, (), image_size, num_classes)
+    shared = {
+        **sizes,
+        "mean": model_config.mean,
+        "std": model_config.std,
+        "drop_path": model_config.drop_path,
+        "policy": policy,
+    }
+    if name in _DEIT:
+        depth = _DEIT[name].depth
+        model, train_model = deit.build(_DEIT[name], name, **shared)
+    else:
+        depth = keras_example.DEPTH
+        model, train_model = _OTHERS[name](**shared)
+    paths.initialise(model, model_config.seed)
+    drop_rates = tuple(rate for rate in deit.rates(model_config.drop_path, depth) for _ in range(2))
+    return Network(model, train_model, drop_rates, image_size, num_classes)
+
+
+def _check_patch(patch: int, name: str, image_size: int) -> None:
+    if image_size <= 0 or image_size % patch:
+        raise errors.UserError(
+            f"data.image_size ({image_size}) must be a multiple of {name}'s patch ({patch})"
+        )
+
+
+def _family(size: str, dim: int, depth: int, heads: int, patch: int, image: int) -> dict[str, deit.Shape]:
+    return {
+        f"deit_{size}{'_distilled' if distilled else ''}_patch{patch}_{image}": deit.Shape(
+            dim, depth, heads, patch, distilled
+        )
+        for distilled in (False, True)
+    }
+
+
+_POLICIES = {
+    "float32": "float32",
+    "tf32": "float32",  # the same dtypes; the runtime switches the tensor cores on
+    "mixed_bfloat16": "mixed_bfloat16",
+    "mixed_float16": "mixed_float16",
+}
+
+# The number at the end of a name is where its published weights were trained; data.image_size decides.
+_DEIT = {
+    **_family("tiny", 192, 12, 3, 16, 224),
+    **_family("tiny", 192, 12, 3, 16, 384),
+    **_family("small", 384, 12, 6, 16, 224),
+    **_family("small", 384, 12, 6, 16, 384),
+    **_family("base", 768, 12, 12, 16, 224),
+    **_family("base", 768, 12, 12, 16, 384),
+    **_family("micro", 64, 4, 2, 4, 32),  # ours, for the quickstart: learns digits on a CPU in seconds
+}
+
+_OTHERS = {
+    "keras_example": keras_example.build,
+    "backbone": cnn.backbone,
+    "groupnorm_resnet": cnn.groupnorm_resnet,
+}

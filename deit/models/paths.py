@@ -1,0 +1,77 @@
+"""Own paths of variables, such as `blocks/3/attn/qkv/kernel`, and initial values as a function of them.
+
+Keras' names of variables and its seeded draws depend on what was built earlier in the process; these do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+TOKENS = ("pos_embed", "cls_token", "dist_token")
+# Weights whose initializer Keras keeps under another name than `<weight>_initializer`.
+_INITIALIZERS = {"depthwise_kernel": "depthwise_initializer", "pointwise_kernel": "pointwise_initializer"}
+
+
+def variables(model: Any) -> list[tuple[str, tf.Variable]]:
+    """Return (own path, variable) of all variables of `model`, trainable or not, sorted by path.
+
+    A path joins the names that the layers were given; a dot in a layer's name starts a new part.
+    """
+    found = [(path, variable) for path, _, _, variable in _walk(model)]
+    names = [path for path, _ in found]
+    if len(set(names)) != len(names) or len(names) != len(model.weights):
+        raise ValueError(f"{model.name}: {len(model.weights)} variables, {len(set(names))} different paths")
+    return sorted(found, key=lambda item: item[0])
+
+
+def initialise(model: Any, seed: int, *, loaded: Collection[str] = ()) -> None:
+    """Give every variable its initial value, a pure function of (seed, path, shape, its layer's initializer).
+
+    Paths that start with one of `loaded` came out of a weights file and are left alone.
+    """
+    for path, layer, name, variable in _walk(model):
+        if not any(path.startswith(f"{prefix}/") for prefix in loaded):
+            initial = _initial(layer, name, variable, derived_seed(seed, path))
+            variable.assign(initial)
+
+
+def derived_seed(seed: int, path: str) -> int:
+    """Return a 31-bit seed for one variable."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
+
+
+def no_decay(path: str, variable: tf.Variable) -> bool:
+    """Say whether DeiT spares this variable weight decay: 1-D tensors, biases, tokens, position embedding."""
+    return len(variable.shape) <= 1 or path.rsplit("/", 1)[-1] in ("bias", *TOKENS)
+
+
+def _walk(layer: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, tf.Variable]]:
+    children = list(layer._flatten_layers(recursive=False, include_self=False))
+    below = {id(variable) for child in children for variable in child.weights}
+    for variable in layer.weights:
+        if id(variable) not in below:
+            name = variable.name.rsplit("/", 1)[-1].split(":")[0]
+            yield f"{prefix}{name}", layer, name, variable
+    for child in children:
+        yield from _walk(child, f"{prefix}{child.name.replace('.', '/')}/")
+
+
+def _initial(layer: Any, name: str, variable: tf.Variable, seed: int) -> tf.Tensor | np.ndarray:
+    initializer = getattr(layer, _INITIALIZERS.get(name, f"{name}_initializer"), None)
+    if initializer is None:
+        value = variable.numpy()
+        if np.ptp(value) != 0:
+            raise TypeError(f"layer {layer.name}: no initializer is declared for its weight {name!r}")
+        return value  # a constant depends on no draw
+    config = initializer.get_config()
+    if (
+        "seed" in config
+    ):  # a seeded initializer of legacy Keras draws statelessly: the same seed, the same numbers
+        initializer = type(initializer).from_config({**config, "seed": seed})
+    return initializer(variable.shape, dtype=tf.float32)

@@ -1,0 +1,149 @@
+"""What a run will do and cost, before it does it: sizes, parameters, FLOPs, batch, updates, lr, disk, memory.
+
+Promises: numbers come from the resolved configuration and from the student's own graph, not from tables;
+`offline` trains, downloads and writes nothing, and marks what it could not check.
+"""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from deit import config as configuration
+from deit.data import sources
+from deit.models import factory, paths
+
+_BASE_MEMORY = 0.45e9  # resident bytes of the process after the imports, measured on TensorFlow 2.15.1
+# Resident memory of a training step over the outputs of the forward graph, measured on DeiT-Ti (docs/recipes.md).
+_ACTIVATION_FACTOR = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one image costs: forward floating-point operations (a multiply-add is two) and bytes of activations."""
+
+    flops: float
+    activation_bytes: float
+
+
+def cost(network: factory.Network) -> Cost:
+    """Return the cost of one image, counted on the forward graph."""
+    size = network.image_size
+
+    @tf.function
+    def forward(images):
+        return network.logits(images)
+
+    graph = forward.get_concrete_function(tf.TensorSpec([1, size, size, 3], tf.float32)).graph
+    return Cost(sum(_flops(op) for op in graph.get_operations()), sum(_bytes(op) for op in graph.get_operations()))
+
+
+def _flops(op: tf.Operation) -> float:
+    """Return the operations of a matrix product or convolution; everything else is small beside them."""
+    if op.type in ("MatMul", "BatchMatMulV2", "Conv2D", "DepthwiseConv2dNative"):
+        left, right, out = (tensor.shape.as_list() for tensor in (*op.inputs, op.outputs[0]))
+        if op.type == "MatMul":
+            inner = left[0] if op.get_attr("transpose_a") else left[1]
+        elif op.type == "BatchMatMulV2":
+            inner = left[-2] if op.get_attr("adj_x") else left[-1]
+        elif op.type == "Conv2D":
+            inner = right[0] * right[1] * right[2]
+        else:
+            inner = right[0] * right[1]
+        return 2.0 * inner * np.prod(out, dtype=np.float64)
+    if op.type == "Einsum":
+        return _einsum_flops(op)
+    return 0.0
+
+
+def _einsum_flops(op: tf.Operation) -> float:
+    sizes: dict[str, int] = {}
+    terms = op.get_attr("equation").decode().split("->")[0].split(",")
+    for term, tensor in zip(terms, op.inputs):
+        sizes.update(zip(term, tensor.shape.as_list()))
+    return 2.0 * float(np.prod([sizes[letter] for letter in sizes], dtype=np.float64))
+
+
+def _bytes(op: tf.Operation) -> float:
+    if op.type in ("ReadVariableOp", "Const", "Placeholder", "Reshape", "Identity", "NoOp", "Shape", "ExpandDims"):
+        return 0.0
+    shapes = [(tensor.shape, tensor.dtype.size) for tensor in op.outputs if tensor.shape.is_fully_defined()]
+    return float(sum(shape.num_elements() * size for shape, size in shapes))
+
+
+def describe(config, *, network: factory.Network, teacher: str, note: str = "") -> str:
+    """Return the plan of a resolved configuration as lines of `name  value`. `teacher` is a line on the teacher."""
+    r, o = config.resolved, config.optim
+    spent = cost(network)
+    count = sum(int(np.prod(v.shape)) for _, v in paths.variables(network.model))
+    copies = 3 + bool(o.ema_decay) + o.amsgrad  # weights, two Adam moments
+    disk = 4 * count * copies
+    memory = (
+        _BASE_MEMORY
+        + 4 * count * (copies + 3)  # gradients of a micro-batch, their sum, the snapshot being written
+        + spent.activation_bytes * config.micro_batch * _ACTIVATION_FACTOR
+        + 3 * config.data.image_size**2 * config.global_batch * 4  # uint8 batches in flight
+    )
+    coupled = "x lr (PyTorch, DeiT paper)" if o.decay_coupled else "per update, not x lr (tensorflow-addons)"
+    excluded = "1-D tensors, biases, position embedding and tokens excluded" if o.decay_exclude else "on everything"
+    rows = {
+        "data": f"{config.data.name}  {r.train_size:,} train ({config.data.train_split}), "
+        f"{r.eval_size:,} evaluation ({config.data.eval_split}), {len(r.classes)} classes{note}",
+        "student": f"{config.model.variant}  {count:,} parameters, {spent.flops / 1e9:.2f} GFLOPs an image forward",
+        "teacher": teacher,
+        "distillation": _distillation(config),
+        "batch": f"{r.replicas} replicas x {config.micro_batch} micro_batch x {r.accum_steps} accum_steps = "
+        f"{config.global_batch} global_batch",
+        "updates": f"{r.total_updates:,} ({r.total_updates * config.global_batch / r.train_size:.2f} epochs), "
+        f"{r.warmup_updates} of them warm-up",
+        "learning rate": f"peak {r.peak_lr:.4g} after scaling, {o.schedule}",
+        "weight decay": f"{o.weight_decay:g} {coupled}; {excluded}",
+        "precision": config.precision,
+        "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
+        "memory": f"about {memory / 1e9:.1f} GB without the teacher (estimate)",
+    }
+    return "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
+
+
+def _distillation(config) -> str:
+    d = config.distill
+    if d.kind == "none":
+        averaged = "_distilled_" in config.model.variant or config.model.variant == "keras_example"
+        return "none; the average of both heads is trained" if averaged else "none"
+    soft = f", tau {d.tau:g}, {d.form}, reduced by {d.reduction}" if d.kind == "soft" else ""
+    return f"{d.kind}, alpha {d.alpha:g} ({d.weighting}){soft}"
+
+
+def offline(config: ConfigDict, *, replicas: int) -> str:
+    """Return the plan without training: data sizes from what is prepared, else from the configuration."""
+    found = sources.sizes(config.data)
+    note = "" if found else "  [not checked: the data is absent]"
+    train, held_out, count = found or (config.data.train_size, config.data.eval_size, config.data.num_classes)
+    resolved = configuration.resolve(
+        config, train_size=train, eval_size=held_out, classes=[str(i) for i in range(count)], replicas=replicas
+    )
+    network = _unweighted(config, count)
+    return describe(resolved, network=network, teacher=_teacher(config, count), note=note)
+
+
+def _unweighted(config: ConfigDict, num_classes: int) -> factory.Network:
+    """Build a student for its sizes only: a backbone's weights are neither downloaded nor read."""
+    return factory.build(
+        config.model,
+        num_classes=num_classes,
+        image_size=config.data.image_size,
+        precision=config.precision,
+        load_weights=False,
+    )
+
+
+def _teacher(config: ConfigDict, num_classes: int) -> str:
+    """Return a line on the teacher from what can be known without opening it."""
+    kind = config.teacher.kind
+    if kind == "none":
+        return "none"
+    if kind == "train":
+        count = _unweighted(config.teacher.train, num_classes).model.count_params()
+        return f"train: {config.teacher.train.model.variant}, {count:,} parameters"
+    return f"{kind}: {config.teacher.path or config.teacher.name}"

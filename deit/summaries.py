@@ -1,0 +1,268 @@
+"""What a run shows of itself: metrics.jsonl, TensorBoard event files, the progress bar.
+
+Promises: one call feeds both files, so they hold the same numbers; after a crash and a resume neither shows a
+step twice or misses one; metrics.jsonl is on the disk before a checkpoint is (`flush`); event files are for
+looking at, so their errors are logged once and never stop a run.
+"""
+
+import collections
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import tqdm
+from absl import logging
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.scalar import metadata as scalar_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer import record_writer
+from tensorboard.util import tensor_util
+
+from deit import errors
+from deit import workdir as run_directory
+
+METRICS = "metrics.jsonl"
+RATE_WINDOW = 20  # log steps over which the expected end is estimated
+
+
+class Summaries:
+    """Writes a run's metrics.jsonl and event file; both lie in the run directory itself."""
+
+    def __init__(self, workdir: str | Path, *, start_step: int):
+        """Continue after `start_step` finished updates; -1 for a run without a checkpoint.
+
+        Whatever a killed process wrote of later steps is cut off. Errors: UserError where it can't be written.
+        """
+        self._path = Path(workdir) / METRICS
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            cut(self._path, last_step=start_step)
+            self._lines = open(self._path, "ab")  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise errors.UserError(f"{self._path} can't be written: {error.strerror}") from error
+        self._events: _EventFile | None = None
+        self._guard(
+            lambda: setattr(self, "_events", _EventFile(self._path.parent, first_step=start_step + 1))
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers of `step` to both files; NaN and infinities are null in metrics.jsonl, which is JSON.
+
+        Errors: UserError where metrics.jsonl can't be written; the next start repairs it.
+        """
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": int(step), **finite}, allow_nan=False)
+        try:
+            self._lines.write(line.encode() + b"\n")
+            self._lines.flush()
+        except OSError as error:
+            raise errors.UserError(f"{self._path} can't be written: {error.strerror}") from error
+        metadata = scalar_metadata.create_summary_metadata(display_name=None, description=None)
+        self._summary(step, {name: (np.float32(value), metadata) for name, value in values.items()})
+
+    def image(self, step: int, tag: str, picture: np.ndarray) -> None:
+        """Write a picture, uint8 [H, W, 3], to the event file."""
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(picture).save(buffer, "png")
+        height, width, _ = picture.shape
+        content = np.array([str(width).encode(), str(height).encode(), buffer.getvalue()], object)
+        metadata = image_metadata.create_summary_metadata(display_name=None, description=None)
+        self._summary(step, {tag: (content, metadata)})
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Write a text to the event file."""
+        metadata = text_metadata.create_summary_metadata(display_name=None, description=None)
+        self._summary(step, {tag: (np.array(markdown.encode(), object), metadata)})
+
+    def flush(self) -> None:
+        """Wait until everything written so far is on the disk: before a checkpoint that relies on it."""
+        try:
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
+        except OSError as error:
+            raise errors.UserError(f"{self._path} can't be written: {error.strerror}") from error
+        if self._events is not None:
+            self._guard(self._events.sync)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self.flush()
+        self._lines.close()
+        if self._events is not None:
+            self._guard(self._events.close)
+
+    def _summary(self, step: int, values: Mapping[str, tuple]) -> None:
+        if self._events is None:
+            return
+        summary = summary_pb2.Summary()
+        for tag, (content, metadata) in values.items():
+            tensor = tensor_util.make_tensor_proto(content)
+            summary.value.add(tag=tag, tensor=tensor, metadata=metadata)
+        self._guard(lambda: self._events.write(step=int(step), summary=summary))
+
+    def _guard(self, action) -> None:
+        """Run an action on the event file; the first error ends the file, because a torn record hides the rest."""
+        try:
+            action()
+        except OSError as error:
+            logging.error("TensorBoard's event file of %s ends here: %s", self._path.parent, error)
+            self._events = None
+
+
+class _EventFile:
+    """One event file, written in the calling thread, so that `sync` knows what is in it and errors are met here.
+
+    TensorBoard reads the files of a directory in the order of their names, which start with the second they
+    were made in: a file made in the same second as the one before it, or after the clock was set back, takes
+    the next free second.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int):
+        stamps = [
+            int(m[1]) for p in directory.iterdir() if (m := re.match(r"events\.out\.tfevents\.(\d+)", p.name))
+        ]
+        stamp = max([int(time.time()), *(old + 1 for old in stamps)])
+        self._file = open(directory / f"events.out.tfevents.{stamp:010d}.{os.getpid()}", "xb")  # noqa: SIM115
+        self._records = record_writer.RecordWriter(self._file)
+        self.write(file_version="brain.Event:2")
+        # Tells TensorBoard to forget what an earlier file holds of this step and later ones.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self.write(step=first_step, session_log=start)
+        run_directory.sync_directory(directory)
+
+    def write(self, **fields) -> None:
+        event = event_pb2.Event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Return the complete lines of a metrics.jsonl, torn ones left out; [] where there is none."""
+    return [content for content, _ in _parse(Path(path))]
+
+
+def cut(path: Path, *, last_step: int) -> None:
+    """Cut metrics.jsonl back to its complete lines with `step` <= last_step, by an atomic rewrite."""
+    if not path.exists():
+        return
+    kept = b"".join(line for content, line in _parse(path) if content["step"] <= last_step)
+    if kept == path.read_bytes():
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(kept)
+    run_directory.sync(temporary)
+    os.rename(temporary, path)
+    run_directory.sync_directory(path.parent)
+
+
+def _parse(path: Path) -> list[tuple[dict, bytes]]:
+    """Return (content, line) of the complete lines."""
+    found = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        # The last line may be torn where it still parses: a line is complete with its line end.
+        if line.endswith(b"\n") and isinstance(content, dict) and isinstance(content.get("step"), int):
+            found.append((content, line))
+    return found
+
+
+class Progress:
+    """Shows how far a run is: a bar on a terminal, one line a log step anywhere else.
+
+    Time spent between `pause` and `resume` (evaluation) counts neither in images/s nor in the time to go.
+    """
+
+    def __init__(self, *, start: int, total: int, batch: int, log_every: int):
+        """Begin at `start` of `total` updates of `batch` images; lines come every `log_every` and at the end."""
+        self._total, self._batch, self._log_every = total, batch, log_every
+        self._paused_at: float | None = None
+        self._away = 0.0  # seconds paused
+        self._text = ""
+        self._marks: collections.deque[tuple[float, int]] = collections.deque(
+            [(self._clock(), start)], maxlen=RATE_WINDOW + 1
+        )
+        self._warm = False
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(
+                initial=start,
+                total=total,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| update {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def rate(self, step: int) -> float:
+        """Return images/s since the last call (or the beginning); call it on log steps."""
+        now, (then, last) = self._clock(), self._marks[-1]
+        if not self._warm:
+            self._marks.clear()  # the first interval traces and compiles: no guide to the rest
+            self._warm = True
+            self._first = (then, last)
+        self._marks.append((now, step))
+        return (step - last) * self._batch / max(now - then, 1e-9)
+
+    def show(self, step: int, line: Mapping[str, float]) -> None:
+        """Show that `step` updates are finished; `line` holds the metrics of a log step, else nothing."""
+        if line:
+            parts = [f"loss {line['train/loss']:.4g}"] if "train/loss" in line else []
+            if "perf/images_per_sec" in line:
+                parts.append(f"{line['perf/images_per_sec']:.1f} images/s")
+            self._text = "  ".join([*parts, f"ETA {self._to_go(step)}"])
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step == self._total or (self._log_every and step % self._log_every == 0):
+            logging.info("update %d/%d  %s", step, self._total, self._text)
+
+    def pause(self) -> None:
+        """Stop the clock and clear the bar, so that log lines have the screen."""
+        self._paused_at = time.perf_counter()
+        if self._bar is not None:
+            self._bar.clear()
+
+    def resume(self) -> None:
+        """Start the clock again."""
+        if self._paused_at is not None:
+            self._away += time.perf_counter() - self._paused_at
+            self._paused_at = None
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self._away
+
+    def _to_go(self, step: int) -> str:
+        """Return h:mm:ss to the end, from the last RATE_WINDOW log steps; "?" where nothing was timed."""
+        marks = list(self._marks)
+        if len(marks) == 1 and self._warm:
+            marks = [self._first, *marks]
+        (then, first), (now, last) = marks[0], marks[-1]
+        if last <= first:
+            return "?"
+        seconds = round((self._total - step) * (now - then) / (last - first))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

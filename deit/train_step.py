@@ -1,0 +1,258 @@
+"""One update: micro-batch gradients, accumulation, one all-reduce, the guard, the optimizer. Knows replicas.
+
+Promises:
+- k micro-batches of b compute the gradients of one batch of k * b (floating-point order apart): loss sums are
+  divided by the constant global batch, never by a micro-batch's own size or weight.
+- Optimizer, schedule, EMA, clipping and guard tick once an update; one all-reduce an update whatever k is.
+- Non-finite gradients, or a batch in which every image is unreadable, leave weights, slots and EMA untouched;
+  `step` still advances, because it drives position and schedule.
+
+Everything is in two `strategy.run` calls: gradients, then apply. Between them, in cross-replica context, a
+`tf.cond` decides; inside a replica function the optimizer's merge call fails under `tf.cond`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from deit import ema, errors, losses, optim
+from deit.models import factory, paths
+
+GROWTH_UPDATES = 2000  # finite updates after which mixed_float16 doubles its loss scale
+FIRST_LOSS_SCALE = 2.0**15
+METRICS = ("train/loss", "train/loss_cls", "train/loss_distill", "optim/grad_norm", "data/weight", "finite", "skipped_in_row")
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Everything that a checkpoint holds; what is not here is derivable from the configuration and `step`.
+
+    Attributes:
+      network: the student; `student` lists its variables as (own path, variable), trainable or not.
+      trainable: (own path, variable) of those that are trained, in the order of the gradients.
+      optimizer: the tensorflow-addons optimizer, its slots created.
+      ema: (own path, variable) exponential moving averages of `trainable`; empty where optim.ema_decay is 0.
+      step: int64, consumed global batches, skipped ones too.
+      loss_scale, finite_updates: float32, int64; the dynamic loss scale of mixed_float16 and its counter.
+      skipped, skipped_in_row: int64, updates not applied: in all, and since the last applied one.
+      bad_images: int64, unreadable images met so far.
+    """
+
+    network: factory.Network
+    student: list[tuple[str, tf.Variable]]
+    trainable: list[tuple[str, tf.Variable]]
+    optimizer: object
+    ema: list[tuple[str, tf.Variable]]
+    step: tf.Variable
+    loss_scale: tf.Variable
+    finite_updates: tf.Variable
+    skipped: tf.Variable
+    skipped_in_row: tf.Variable
+    bad_images: tf.Variable
+
+    def named(self) -> list[tuple[str, tf.Variable]]:
+        """Return (own path, variable) of every tensor of the state."""
+        scalars = ("step", "loss_scale", "finite_updates", "skipped", "skipped_in_row", "bad_images")
+        return [
+            *((f"student/{path}", variable) for path, variable in self.student),
+            *((f"ema/{path}", variable) for path, variable in self.ema),
+            *optim.slots(self.optimizer, self.trainable),
+            *((name, getattr(self, name)) for name in scalars),
+        ]
+
+
+def create_state(config, network: factory.Network) -> TrainState:
+    """Build the state of update 0 around `network`; call it inside `strategy.scope()`."""
+
+    def counter(value, dtype=tf.int64):
+        return tf.Variable(
+            value, dtype=dtype, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
+        )
+
+    student = paths.variables(network.model)
+    trainable = [(path, variable) for path, variable in student if variable.trainable]
+    step = counter(0)
+    optimizer = optim.build(config, step)
+    optim.create_slots(optimizer, [variable for _, variable in trainable])
+    averages = []
+    if config.optim.ema_decay:
+        averages = [(path, tf.Variable(variable, trainable=False)) for path, variable in trainable]
+    fp16 = config.precision == "mixed_float16"
+    return TrainState(
+        network=network,
+        student=student,
+        trainable=trainable,
+        optimizer=optimizer,
+        ema=averages,
+        step=step,
+        loss_scale=counter(FIRST_LOSS_SCALE if fp16 else 1.0, tf.float32),
+        finite_updates=counter(0),
+        skipped=counter(0),
+        skipped_in_row=counter(0),
+        bad_images=counter(0),
+    )
+
+
+def snapshot(state: TrainState) -> dict[str, np.ndarray]:
+    """Copy the state to host memory, by own path."""
+    return {path: np.array(variable.numpy()) for path, variable in state.named()}
+
+
+def restore(state: TrainState, tensors: dict[str, np.ndarray]) -> None:
+    """Assign a snapshot. Errors: UserError listing names missing, left over, or of another shape or dtype."""
+    wanted = dict(state.named())
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
+    problems += [f"left over {name}" for name in sorted(tensors.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & tensors.keys()):
+        have = (tensors[name].dtype.name, tuple(tensors[name].shape))
+        want = (wanted[name].dtype.name.removesuffix("_ref"), tuple(wanted[name].shape))
+        if have != want:
+            problems.append(f"{name} is {have}, not {want}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise errors.UserError("the checkpoint does not fit this model: " + "; ".join(problems[:5]) + more)
+    for name, variable in wanted.items():
+        variable.assign(tensors[name])
+
+
+def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -> Callable:
+    """Return `update(batch) -> float32 [len(METRICS)]`, one optimizer update as one graph.
+
+    `config` is resolved. `batch` is the stream's, per replica under a distributed strategy: its slice holds
+    accum_steps * micro_batch examples. The vector's first five entries mean nothing where `finite` is 0.
+    """
+    gradients = gradient_function(config, state, teacher)
+    apply = _apply(config, state)
+    fp16 = config.precision == "mixed_float16"
+
+    @tf.function
+    def update(batch):
+        reduced, sums = strategy.run(gradients, args=(batch,))
+        sums = strategy.experimental_local_results(sums)[0]  # equal on all replicas after the all-reduce
+        finite = sums[5] > 0
+
+        def applied():
+            strategy.run(apply, args=(reduced,))
+            state.skipped_in_row.assign(0)
+            if fp16:
+                state.finite_updates.assign_add(1)
+                if_grown = state.finite_updates % GROWTH_UPDATES == 0
+                state.loss_scale.assign(state.loss_scale * tf.where(if_grown, 2.0, 1.0))
+            return tf.constant(0)
+
+        def skipped():
+            # At a loss scale above 1 an overflow is the scale's fault, and no sign of divergence.
+            blame = tf.cast(state.loss_scale <= 1.0, tf.int64)
+            state.skipped.assign_add(1)
+            state.skipped_in_row.assign_add(blame)
+            if fp16:
+                state.finite_updates.assign(0)
+                state.loss_scale.assign(tf.maximum(1.0, state.loss_scale / 2.0))
+            return tf.constant(0)
+
+        tf.cond(finite, applied, skipped)
+        state.step.assign_add(1)
+        missing = float(config.global_batch) - sums[4]
+        state.bad_images.assign_add(tf.cast(tf.round(missing), tf.int64))
+        return tf.concat([sums, [tf.cast(state.skipped_in_row.read_value(), tf.float32)]], 0)
+
+    return update
+
+
+def gradient_function(config, state: TrainState, teacher) -> Callable:
+    """Return the replica function: batch -> (all-reduced gradients, METRICS without the last)."""
+    micro, accum = config.micro_batch, config.resolved.accum_steps
+    global_batch = float(config.global_batch)
+    variables = [variable for _, variable in state.trainable]
+
+    def micro_gradients(batch, targets, i):
+        rows = slice(i * micro, (i + 1) * micro)
+        weight = batch["weight"][rows]  # [b]
+        images = tf.cast(batch["image"][rows], tf.float32)  # [b, S, S, 3]
+        with tf.GradientTape() as tape:
+            outputs = state.network.logits(images, batch["drop"][rows])
+            parts = losses.objective(
+                outputs,
+                batch["label"][rows],
+                None if targets is None else targets[rows],
+                loss_config=config.loss,
+                distill_config=config.distill,
+            )
+            sums = [tf.reduce_sum(part * weight) / global_batch for part in parts]
+            scaled = sums[0] * state.loss_scale
+        return tape.gradient(scaled, variables), tf.stack([*sums, tf.reduce_sum(weight)])
+
+    def gradients(batch):
+        targets = _targets(config, teacher, batch["image"])
+        zeros = [tf.zeros(variable.shape, tf.float32) for variable in variables]
+
+        def body(i, total, sums):
+            new, new_sums = micro_gradients(batch, targets, i)
+            return i + 1, [a + tf.cast(b, tf.float32) for a, b in zip(total, new)], sums + new_sums
+
+        if accum == 1:
+            _, total, sums = body(0, zeros, tf.zeros([4]))
+        else:
+            _, total, sums = tf.while_loop(
+                lambda i, total, sums: i < accum,
+                body,
+                (tf.constant(0), zeros, tf.zeros([4])),
+                parallel_iterations=1,  # two micro-batches at once would hold two sets of activations
+                maximum_iterations=accum,
+            )
+        context = tf.distribute.get_replica_context()
+        *total, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, [*total, sums])
+        # Images that could not be read weigh 0: the mean is over those that could.
+        present = global_batch / tf.maximum(sums[3], 1.0)
+        factor = present / state.loss_scale
+        total = [gradient * factor for gradient in total]
+        norm = tf.linalg.global_norm(total)
+        finite = tf.math.is_finite(norm) & tf.math.is_finite(sums[0]) & (sums[3] > 0)
+        if config.optim.clip_norm:
+            total, _ = tf.clip_by_global_norm(total, config.optim.clip_norm, use_norm=norm)
+        sums = tf.concat([sums[:3] * present, [norm, sums[3], tf.cast(finite, tf.float32)]], 0)
+        return total, sums
+
+    return gradients
+
+
+def _apply(config, state: TrainState) -> Callable:
+    """Return the replica function that applies all-reduced gradients and moves the averages."""
+    variables = [variable for _, variable in state.trainable]
+    averages = [variable for _, variable in state.ema]
+    exclude = config.optim.decay_exclude
+    decayed = [v for path, v in state.trainable if not (exclude and paths.no_decay(path, v))]
+
+    def apply(gradients):
+        optim.apply(state.optimizer, list(zip(gradients, variables)), decayed)
+        if averages:
+            ema.update(averages, variables, ema.decay_at(state.step, config.optim.ema_decay))
+
+    return apply
+
+
+def _targets(config, teacher, images: tf.Tensor) -> tf.Tensor | None:
+    """Return what the teacher says of a slice: labels int32 [N] (hard), logits [N, C] (soft), None without one.
+
+    The whole slice is labelled before the micro-batch loop, in chunks of at most teacher.batch, so that the
+    teacher's batch is its own and only labels or logits stay in memory.
+    """
+    if config.distill.kind == "none":
+        return None
+    size = images.shape[0]
+    chunk = max(k for k in range(1, min(size, config.teacher.batch) + 1) if size % k == 0)
+
+    def label(part):
+        logits = tf.stop_gradient(teacher.logits(tf.cast(part, tf.float32)))
+        return tf.argmax(logits, -1, output_type=tf.int32) if config.distill.kind == "hard" else logits
+
+    if chunk == size:
+        return label(images)
+    parts = tf.reshape(images, [size // chunk, chunk, *images.shape[1:]])
+    spec = tf.TensorSpec([chunk], tf.int32)
+    if config.distill.kind == "soft":
+        spec = tf.TensorSpec([chunk, teacher.num_classes], tf.float32)
+    targets = tf.map_fn(label, parts, fn_output_signature=spec, parallel_iterations=1)
+    return tf.reshape(targets, [size, *spec.shape[1:]])

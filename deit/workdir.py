@@ -1,0 +1,65 @@
+"""A run's directory: which paths it may have, its lock, and what it takes to survive a power loss."""
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from deit import errors
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: pathlib turns gs://x into gs:/x
+
+
+def check_workdir(path: str | Path) -> Path:
+    """Return `path` as a Path. Errors: UserError for a URL: renames and locks need a mounted file system."""
+    if _URL.match(str(path)):
+        raise errors.UserError(f"workdir ({path}) must be a path of a mounted file system, not a URL")
+    return Path(path)
+
+
+@contextlib.contextmanager
+def lock(workdir: str | Path) -> Iterator[None]:
+    """Hold the run directory, made where it is missing, for the block; a dead process holds nothing.
+
+    Errors: UserError where another process holds it, it can't be written, or it is a URL.
+    """
+    path = check_workdir(workdir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a+")  # noqa: SIM115  closed below: closing it is what unlocks
+    except OSError as error:
+        raise errors.UserError(
+            f"workdir ({workdir}) must be a writable directory: {error.strerror}"
+        ) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read(20).strip() or "unknown"
+            raise errors.UserError(
+                f"workdir ({workdir}) is in use by another process (pid {owner})"
+            ) from None
+        except OSError as error:
+            raise errors.UserError(f"workdir ({workdir}) can't be locked: {error.strerror}") from error
+        handle.truncate(0)
+        handle.write(f"{os.getpid()}\n")
+        handle.flush()
+        yield
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until a directory's entries are on the disk: what makes a rename in it last."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,64 @@
+"""Train, plan or evaluate a run: flags, logging, strategy, dispatch, exit code.
+
+python main.py --config=configs/deit_tiny_flowers.py [--config.FIELD=VALUE ...] [--workdir=runs/NAME] [--mode=train|plan|eval]
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from deit import cli, workdir
+from deit import config as configuration
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration file FILE.py[:ARG] (code that runs), or the config.json of a run to repeat it. Default: "
+    "configs/quickstart.py. --config.FIELD=VALUE changes a field; configs/base.py lists them all.",
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>[-<config arg>].")
+MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "plan", "eval"],
+    "train: train, or continue the run in the workdir. plan: resolve everything and print it. eval: evaluate the "
+    "newest checkpoint of the workdir.",
+)
+
+
+def main(_) -> int:
+    """Dispatch on the mode and return an exit code: 0 done, 1 error, 4 diverged."""
+    config = CONFIG.value
+    configuration.validate(config)
+    where = Path(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
+
+    from deit import loop, plan, runtime  # TensorFlow starts only now, with everything checked that can be
+
+    runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
+    strategy = runtime.make_strategy(config.strategy, config.devices)
+    if MODE.value == "plan":
+        print(plan.offline(config, replicas=strategy.num_replicas_in_sync))
+        return runtime.DONE
+    if MODE.value == "eval":
+        return loop.evaluate_newest(config, workdir, strategy=strategy)
+    return train(config, workdir, strategy)
+
+
+def train(config, workdir: Path, strategy) -> int:
+    """Train in a locked workdir: first the teacher where it is a configuration, then the student."""
+    from deit import loop, runtime
+
+    with checkpoint.lock(workdir):
+        try:
+            if config.teacher.kind == "train":
+                loop.train(config.teacher.train, workdir / "teacher", strategy=strategy)
+            loop.train(config, workdir, strategy=strategy)
+        except loop.Diverged as error:
+            cli.complain(str(error))
+            return runtime.DIVERGED
+    return runtime.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main, config_flag="config", default_config=str(Path(__file__).with_name("configs") / "quickstart.py"))

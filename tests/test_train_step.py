@@ -1,0 +1,286 @@
+"""One update: accumulation, replicas, the guard, the averages; on a small DeiT with drop-path on."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from configs import base
+from deit import config as configuration
+from deit import ema, errors, keras, train_step
+from deit.models import factory
+
+BATCH, CLASSES = 32, 10
+
+
+class LinearTeacher:
+    """Answers by a fixed projection of the mean colour of each quarter of the picture."""
+
+    num_classes = CLASSES
+
+    def __init__(self):
+        self.weights = np.random.default_rng(5).normal(size=[12, CLASSES]).astype("f4")
+
+    def logits(self, images):
+        quarters = tf.nn.avg_pool2d(images, 16, 16, "VALID")
+        return tf.reshape(quarters, [-1, 12]) @ self.weights / 100.0
+
+
+def make_config(*, micro=BATCH, replicas=1, **changes):
+    c = base.get_config()
+    c.model.variant, c.model.drop_path = "deit_micro_distilled_patch4_32", 0.2
+    c.data.image_size, c.global_batch, c.micro_batch, c.total_updates = 32, BATCH, micro, 20
+    c.distill.kind, c.teacher.kind, c.teacher.path, c.teacher.batch = "hard", "run", "unused", 16
+    c.update_from_flattened_dict(changes)
+    classes = tuple("0123456789")
+    return configuration.resolve(c, train_size=640, eval_size=64, classes=classes, replicas=replicas)
+
+
+def make_batch(seed=0, drop_rates=()):
+    rng = np.random.default_rng(seed)
+    kept = rng.random([BATCH, len(drop_rates)]) >= np.array(drop_rates)
+    return {
+        "image": rng.integers(0, 256, [BATCH, 32, 32, 3]).astype(np.uint8),
+        "label": rng.integers(0, CLASSES, [BATCH]).astype(np.int32),
+        "weight": np.ones([BATCH], np.float32),
+        "position": np.arange(BATCH, dtype=np.int64),
+        "drop": kept.astype(np.float32),
+    }
+
+
+class Run:
+    """A state and its update under one strategy."""
+
+    def __init__(self, config, strategy=None):
+        self.config = config
+        self.strategy = strategy or tf.distribute.OneDeviceStrategy("/cpu:0")
+        with self.strategy.scope():
+            self.network = factory.build(
+                config.model, num_classes=CLASSES, image_size=32, precision=config.precision
+            )
+            self.state = train_step.create_state(config, self.network)
+        self.teacher = LinearTeacher()
+        self.step = train_step.make(config, self.strategy, self.state, self.teacher)
+
+    def batch(self, seed=0):
+        return make_batch(seed, self.network.drop_rates)
+
+    def distribute(self, batch):
+        """Hand each replica its contiguous slice."""
+        replicas = self.strategy.num_replicas_in_sync
+        share = BATCH // replicas
+        parts = [
+            {name: tf.constant(value[r * share : (r + 1) * share]) for name, value in batch.items()}
+            for r in range(replicas)
+        ]
+        if replicas == 1:
+            return parts[0]
+        return {
+            name: self.strategy.experimental_distribute_values_from_function(
+                lambda context, name=name: parts[context.replica_id_in_sync_group][name]
+            )
+            for name in batch
+        }
+
+    def update(self, batch):
+        return dict(zip(train_step.METRICS, self.step(self.distribute(batch)).numpy().tolist()))
+
+    def gradients(self, batch):
+        function = tf.function(train_step.gradient_function(self.config, self.state, self.teacher))
+        per_replica, _ = self.strategy.run(function, args=(self.distribute(batch),))
+        return [self.strategy.experimental_local_results(g)[0].numpy() for g in per_replica]
+
+    def tensors(self):
+        return train_step.snapshot(self.state)
+
+
+def two_cpus():
+    return tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"])
+
+
+LAYOUTS = {
+    "sixteen micro-batches of 2": (dict(micro=2), None),
+    "two replicas with four micro-batches of 4": (dict(micro=4, replicas=2), two_cpus),
+}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return Run(make_config(micro=BATCH))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_micro_batches_equal_those_of_one_batch(whole, layout):
+    settings, strategy = LAYOUTS[layout]
+    split = Run(make_config(**settings), strategy and strategy())
+    batch = whole.batch()
+    for one, many in zip(whole.gradients(batch), split.gradients(batch), strict=True):
+        assert np.abs(one).max() > 0
+        np.testing.assert_allclose(many, one, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_after_one_sgd_update_agree_to_a_millionth(layout):
+    settings, strategy = LAYOUTS[layout]
+    results = []
+    for run in (Run(make_config(micro=BATCH)), Run(make_config(**settings), strategy and strategy())):
+        weights = [variable.numpy() for _, variable in run.state.trainable]
+        gradients = run.gradients(run.batch())
+        plain = [tf.Variable(weight) for weight in weights]
+        keras.optimizers.legacy.SGD(0.1).apply_gradients(zip(gradients, plain))
+        results.append([variable.numpy() for variable in plain])
+    for one, many in zip(*results, strict=True):
+        np.testing.assert_allclose(many, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_over_twenty_adamw_updates_agree_to_1e_5_relative(layout):
+    settings, strategy = LAYOUTS[layout]
+    curves = []
+    for run in (Run(make_config(micro=BATCH)), Run(make_config(**settings), strategy and strategy())):
+        curves.append([run.update(run.batch(seed))["train/loss"] for seed in range(20)])
+        assert int(run.state.optimizer.iterations.numpy()) == 20
+        assert int(run.state.step.numpy()) == 20
+    assert curves[0][-1] != curves[0][0]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+
+
+def test_the_loss_is_the_formula_of_the_paper_on_the_models_own_logits():
+    run = Run(make_config(micro=8))
+    batch = run.batch()
+    outputs = run.network.logits(tf.cast(batch["image"], tf.float32), tf.constant(batch["drop"]))
+    labels = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().argmax(-1)
+
+    def log_softmax(z):
+        z = z - z.max(-1, keepdims=True)
+        return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+    rows = np.arange(BATCH)
+    smooth = np.full([BATCH, CLASSES], 0.1 / CLASSES)
+    smooth[rows, batch["label"]] += 0.9
+    of_cls = -(smooth * log_softmax(outputs["cls"].numpy().astype("f8"))).sum(-1).mean()
+    of_dist = -log_softmax(outputs["dist"].numpy().astype("f8"))[rows, labels].mean()
+    logged = run.update(batch)
+    np.testing.assert_allclose(logged["train/loss"], (of_cls + of_dist) / 2, rtol=1e-5)
+    np.testing.assert_allclose(logged["train/loss_cls"], of_cls, rtol=1e-5)
+    np.testing.assert_allclose(logged["train/loss_distill"], of_dist, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [None, two_cpus], ids=["one device", "two replicas"])
+def test_a_non_finite_gradient_leaves_everything_but_the_counters_untouched(strategy):
+    run = Run(make_config(micro=4, replicas=2 if strategy else 1), strategy and strategy())
+    run.update(run.batch(0))
+    before = run.tensors()
+    poisoned = run.batch(1)
+    poisoned["weight"][BATCH - 1] = np.nan  # in the last replica only
+    logged = run.update(poisoned)
+    after = run.tensors()
+    assert logged["finite"] == 0 and logged["skipped_in_row"] == 1
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    assert changed - {"bad_images"} == {"step", "skipped", "skipped_in_row"}
+    assert int(after["step"]) == 2 and int(after["optimizer/iterations"]) == 1
+    assert run.update(run.batch(2))["skipped_in_row"] == 0
+
+
+def test_the_loss_with_unreadable_images_is_the_mean_over_the_readable_ones():
+    run = Run(make_config(micro=4))
+    batch = run.batch()
+    batch["weight"][[0, 7, 31]] = 0.0
+    batch["image"][[0, 7, 31]] = 0
+    good = batch["weight"] > 0
+    outputs = run.network.logits(tf.cast(batch["image"], tf.float32), tf.constant(batch["drop"]))
+    labels = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().argmax(-1)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs["dist"]).numpy()
+    logged = run.update(batch)
+    np.testing.assert_allclose(logged["train/loss_distill"], losses[good].mean(), rtol=1e-5)
+    assert int(run.tensors()["bad_images"]) == 3
+
+
+def test_a_batch_without_one_readable_image_is_skipped():
+    run = Run(make_config(micro=16))
+    batch = run.batch()
+    batch["weight"][:] = 0.0
+    before = run.tensors()
+    assert run.update(batch)["finite"] == 0
+    assert run.tensors()["student/head/kernel"].tobytes() == before["student/head/kernel"].tobytes()
+
+
+def test_averages_follow_the_published_ramp_recomputed_in_numpy():
+    run = Run(make_config(micro=16, **{"optim.ema_decay": 0.5}))
+    expected = run.tensors()["student/head/kernel"].astype("f8")
+    for update in range(6):
+        run.update(run.batch(update))
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * run.tensors()["student/head/kernel"]
+    np.testing.assert_allclose(run.tensors()["ema/head/kernel"], expected, rtol=0, atol=1e-6)
+    assert float(ema.decay_at(tf.constant(5, tf.int64), 0.5)) == pytest.approx(6 / 15)
+
+
+def test_mixed_float16_halves_its_loss_scale_on_overflow_and_keeps_training():
+    run = Run(make_config(micro=16, precision="mixed_float16"))
+    run.state.loss_scale.assign(2.0**40)
+    assert run.update(run.batch(0))["finite"] == 0
+    after = run.tensors()
+    assert float(after["loss_scale"]) == 2.0**39
+    assert int(after["skipped_in_row"]) == 0, "an overflow above scale 1 is no sign of divergence"
+    run.state.loss_scale.assign(2.0**15)
+    first = run.tensors()["student/head/kernel"]
+    run.update(run.batch(1))
+    assert run.update(run.batch(2))["finite"] == 1
+    assert np.abs(run.tensors()["student/head/kernel"] - first).max() > 0
+
+
+def test_mixed_bfloat16_follows_the_float32_loss():
+    exact, rounded = (Run(make_config(micro=16, precision=p)) for p in ("float32", "mixed_bfloat16"))
+    for seed in range(3):
+        a, b = exact.update(exact.batch(seed)), rounded.update(rounded.batch(seed))
+        np.testing.assert_allclose(b["train/loss"], a["train/loss"], rtol=0.02)
+
+
+def test_clipping_bounds_the_step_but_reports_the_norm_before_it():
+    free, clipped = Run(make_config(micro=16)), Run(make_config(micro=16, **{"optim.clip_norm": 0.01}))
+    batch = free.batch()
+    norm = np.sqrt(sum((g.astype("f8") ** 2).sum() for g in free.gradients(batch)))
+    clipped_norm = np.sqrt(sum((g.astype("f8") ** 2).sum() for g in clipped.gradients(batch)))
+    assert norm > 0.01
+    assert clipped_norm == pytest.approx(0.01, rel=1e-4)
+    assert clipped.update(batch)["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_restored_state_continues_bit_for_bit():
+    first = Run(make_config(micro=16))
+    for seed in range(2):
+        first.update(first.batch(seed))
+    saved = first.tensors()
+    second = Run(make_config(micro=16))
+    train_step.restore(second.state, saved)
+    for run in (first, second):
+        run.update(run.batch(2))
+    ours, theirs = first.tensors(), second.tensors()
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
+    run = Run(make_config(micro=16))
+    tensors = run.tensors()
+    tensors["student/stranger"] = tensors.pop("student/head/bias")
+    tensors["student/head/kernel"] = tensors["student/head/kernel"][:, :5]
+    with pytest.raises(errors.UserError) as caught:
+        train_step.restore(run.state, tensors)
+    for name in ("missing student/head/bias", "left over student/stranger", "student/head/kernel"):
+        assert name in str(caught.value)
+
+
+def test_soft_targets_reach_the_loss_as_logits():
+    run = Run(make_config(micro=8, **{"distill.kind": "soft", "distill.tau": 3.0}))
+    batch = run.batch()
+    outputs = run.network.logits(tf.cast(batch["image"], tf.float32), tf.constant(batch["drop"]))
+    teacher = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().astype("f8") / 3.0
+    student = outputs["dist"].numpy().astype("f8") / 3.0
+
+    def log_softmax(z):
+        z = z - z.max(-1, keepdims=True)
+        return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+    t, s = log_softmax(teacher), log_softmax(student)
+    expected = 9.0 * (np.exp(t) * (t - s)).sum(-1).mean()
+    np.testing.assert_allclose(run.update(batch)["train/loss_distill"], expected, rtol=1e-4)
