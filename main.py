@@ -8,8 +8,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from deit import cli, workdir
+from deit import cli
 from deit import config as configuration
+from deit import workdir as run_directory
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -31,9 +32,9 @@ def main(_) -> int:
     """Dispatch on the mode and return an exit code: 0 done, 1 error, 4 diverged."""
     config = CONFIG.value
     configuration.validate(config)
-    where = Path(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
+    workdir = run_directory.check_workdir(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
 
-    from deit import loop, plan, runtime  # TensorFlow starts only now, with everything checked that can be
+    from deit import evaluate, plan, runtime  # TensorFlow starts only now, with everything checked that can be
 
     runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
     strategy = runtime.make_strategy(config.strategy, config.devices)
@@ -41,7 +42,9 @@ def main(_) -> int:
         print(plan.offline(config, replicas=strategy.num_replicas_in_sync))
         return runtime.DONE
     if MODE.value == "eval":
-        return loop.evaluate_newest(config, workdir, strategy=strategy)
+        _, report = evaluate.checkpointed(workdir, data_dir=config.data.data_dir)
+        print(evaluate.table(report.metrics))
+        return runtime.DONE
     return train(config, workdir, strategy)
 
 
@@ -49,7 +52,7 @@ def train(config, workdir: Path, strategy) -> int:
     """Train in a locked workdir: first the teacher where it is a configuration, then the student."""
     from deit import loop, runtime
 
-    with checkpoint.lock(workdir):
+    with run_directory.lock(workdir):
         try:
             if config.teacher.kind == "train":
                 loop.train(config.teacher.train, workdir / "teacher", strategy=strategy)

@@ -32,7 +32,7 @@ import safetensors.numpy
 from absl import logging
 
 from deit import errors
-from deit import workdir as workdir_files
+from deit import workdir as run_directory
 from deit.workdir import check_workdir, lock  # noqa: F401  part of this room
 
 TENSORS, CONFIG, MANIFEST = "tensors.safetensors", "config.json", "manifest.json"
@@ -70,7 +70,7 @@ class Saver:
         self._error: BaseException | None = None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            workdir_files.sync_directory(self._directory.parent)
+            run_directory.sync_directory(self._directory.parent)
             for stale in self._directory.glob("tmp-*"):
                 shutil.rmtree(stale)
         except OSError as error:
@@ -127,7 +127,7 @@ class Saver:
             (temporary / CONFIG).write_text(self._config_json, encoding="utf-8")
             content = {
                 "step": step,
-                "files": {name: _describe(temporary / name) for name in (TENSORS, CONFIG)},
+                "files": {name: run_directory.describe(temporary / name) for name in (TENSORS, CONFIG)},
                 "state_sha256": digest,
                 "metrics": {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()},
                 "versions": self._versions,
@@ -138,13 +138,13 @@ class Saver:
                 json.dumps(content, indent=1, allow_nan=False), encoding="utf-8"
             )
             for name in (TENSORS, CONFIG, MANIFEST):
-                workdir_files.sync(temporary / name)
-            workdir_files.sync_directory(temporary)
+                run_directory.sync(temporary / name)
+            run_directory.sync_directory(temporary)
             os.rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full
             raise
-        workdir_files.sync_directory(self._directory)
+        run_directory.sync_directory(self._directory)
         self._retain()
 
     def _retain(self) -> None:
@@ -208,7 +208,7 @@ def verify(path: str | Path) -> str | None:
             size = (path / name).stat().st_size
             if size != recorded["size"]:
                 return f"{name} has {size} bytes, not {recorded['size']}"
-            if _describe(path / name) != recorded:
+            if run_directory.describe(path / name) != recorded:
                 return f"{name} has another sha256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -274,14 +274,6 @@ def _load_manifest(path: Path) -> dict:
 def _manifest_sha256(content: Mapping) -> str:
     rest = {key: value for key, value in content.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _describe(path: Path) -> dict:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _scan(directory: Path) -> list[Path]:

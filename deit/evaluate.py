@@ -7,13 +7,18 @@ never percent; evaluation changes no variable (the averages are swapped in and b
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 import tqdm
+from absl import logging
 
-from deit.models import factory
+from deit import errors, saved, teachers
+from deit.data import sources, stream
+from deit.models import factory, paths
+from deit.teachers import report as teacher_report
 
 Predict = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
@@ -90,23 +95,76 @@ def measure(
 
 
 @contextlib.contextmanager
-def averaged(trainable: list[tuple[str, tf.Variable]], averages: list[tuple[str, tf.Variable]]):
-    """Run a block with the EMA weights in the student, then put its own back."""
-    own = [variable.numpy() for _, variable in trainable]
+def averaged(variables: list[tuple[str, tf.Variable]], averages: Mapping[str, np.ndarray]):
+    """Run a block with the EMA weights, by own path, in the student; then put its own back."""
+    swapped = [(variable, variable.numpy(), averages[path]) for path, variable in variables if path in averages]
     try:
-        for (_, variable), (_, average) in zip(trainable, averages):
-            variable.assign(average.numpy())
+        for variable, _, average in swapped:
+            variable.assign(average)
         yield
     finally:
-        for (_, variable), value in zip(trainable, own):
-            variable.assign(value)
+        for variable, own, _ in swapped:
+            variable.assign(own)
 
 
-def student(predict: Predict, batches: Iterable, classes: tuple[str, ...], state, *, teacher_labels=None, progress=False) -> Report:
-    """Measure a TrainState's student with its raw weights and, where it has them, its EMA weights."""
+def student(
+    network: factory.Network,
+    batches: Iterable,
+    classes: tuple[str, ...],
+    *,
+    predict: Predict | None = None,
+    averages: Mapping[str, np.ndarray] | None = None,
+    teacher_labels: np.ndarray | None = None,
+    progress: bool = False,
+) -> Report:
+    """Measure a student with its raw weights and, where `averages` (own path -> EMA) are given, with those.
+
+    `predict`: `predictor(network)`, to trace it once for many evaluations.
+    """
+    predict = predict or predictor(network)
     report = measure(predict, batches, classes, teacher_labels=teacher_labels, progress=progress)
-    if state.ema:
-        with averaged(state.trainable, state.ema):
+    if averages:
+        with averaged(paths.variables(network.model), averages):
             metrics = measure(predict, batches, classes, progress=progress).metrics
         report.metrics["eval/top1_ema"] = metrics["eval/top1"]
     return report
+
+
+def checkpointed(
+    path: str | Path, *, data_dir: str = "", teacher_path: str = "", progress: bool = False
+) -> tuple[int, Report]:
+    """Evaluate a run's newest checkpoint, or one checkpoint, on its own evaluation split; return (step, report).
+
+    `data_dir` and `teacher_path` replace what the run recorded. A teacher that can't be built costs a warning and
+    `eval/teacher_agreement`, nothing else. Errors: UserError for a path that is no checkpoint, or absent data.
+    """
+    opened = saved.open_network(path)
+    config = opened.config
+    with config.unlocked():
+        config.data.data_dir = data_dir or config.data.data_dir
+        config.teacher.path = teacher_path or config.teacher.path
+    source = sources.open_source(config.data, config.data.eval_split)
+    classes = tuple(config.resolved.classes)
+    if tuple(source.classes) != classes:
+        raise errors.UserError(f"data.name ({config.data.name}) must have the classes of the checkpoint: {classes}")
+    batches = stream.evaluation(source, config, batch=config.eval.batch)
+    labels, gate = None, {}
+    try:
+        teacher = teachers.build(config, classes=classes, workdir=opened.run)
+        if teacher is not None:
+            found = teacher_report.measure(teacher, batches, classes)
+            labels, gate = found.labels, {"teacher/top1": found.metrics["teacher/top1"]}
+    except errors.UserError as error:
+        logging.warning("no teacher agreement: %s", error)
+    averages = {name.removeprefix("ema/"): value for name, value in opened.tensors.items() if name.startswith("ema/")}
+    report = student(opened.network, batches, classes, averages=averages, teacher_labels=labels, progress=progress)
+    report.metrics.update(gate)
+    return opened.step, report
+
+
+def table(metrics: Mapping[str, float]) -> str:
+    """Return metrics as lines of name and value: counts whole, fractions with four digits."""
+    whole = ("eval/images", "teacher/images")
+    return "\n".join(
+        f"{name:<28} {value:.0f}" if name in whole else f"{name:<28} {value:.4f}" for name, value in metrics.items()
+    )

@@ -7,7 +7,6 @@ TF_USE_LEGACY_KERAS when `tf.keras` is first touched, and nothing in this packag
 import os
 
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # 2 still prints three false errors about CUDA at import
 
 import tensorflow as tf  # noqa: E402
 import tf_keras  # noqa: E402

@@ -15,7 +15,8 @@ from absl import logging
 
 import deit
 from configs import base
-from deit import checkpoint, config as configuration, errors, evaluate, pictures, plan, runtime, summaries, teachers, train_step
+from deit import checkpoint, errors, evaluate, pictures, plan, runtime, summaries, teachers, train_step
+from deit import config as configuration
 from deit.data import sources, stream
 from deit.models import factory
 from deit.teachers import report as teacher_report
@@ -68,7 +69,8 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
         if newest is not None:
             train_step.restore(state, checkpoint.read(newest)[0])
     step = int(state.step.numpy())
-    logging.info("plan\n%s", plan.describe(config, network=network, teacher=teacher))
+    taught_by = teacher.describe() if teacher is not None else "none"
+    logging.info("plan of %s\n%s", workdir, plan.describe(config, network=network, teacher=taught_by))
 
     # --- Data, from this update on ------------------------------------------------------------------------
     iterator = iter(batches_of(config, strategy, train_source, network, start_update=step))
@@ -81,7 +83,7 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
         logging.info("measuring the teacher on %s", config.data.eval_split)
         found = teacher_report.measure(teacher, eval_batches, config.resolved.classes)
         teacher_labels = found.labels
-        logging.info("teacher %s", "  ".join(f"{k} {v:.4f}" for k, v in found.metrics.items()))
+        logging.info("teacher %s", headline(found.metrics))
         teacher_report.gate(found, config.teacher.min_accuracy)
         if newest is None:
             writer.scalars(0, found.metrics)
@@ -98,38 +100,46 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
     )
     learning_rate = state.optimizer.learning_rate_at
     progress = summaries.Progress(start=step, total=total, batch=config.global_batch, log_every=config.log.every_updates)
-    metrics: dict[str, float] = {}
     while step < total:
         batch = next(iterator)
         if step == 0:
-            first = strategy.experimental_local_results(batch["image"])[0]
-            labels = strategy.experimental_local_results(batch["label"])[0]
-            writer.image(0, "train/first_batch", pictures.batch(first[:16].numpy(), labels[:16].numpy(), config.resolved.classes))
+            writer.image(0, "train/first_batch", first_batch(batch, strategy, config.resolved.classes))
         rate = float(learning_rate(step))
         vector = update(batch).numpy()  # the one read of the device an update
         step += 1
         guard(config, vector, step)
+        due = due_at(step, total)
 
         line: dict[str, float] = {}
-        due = due_at(step, total)
         if due(config.log.every_updates):
             line = train_metrics(config, vector, rate, state)
+            check_readable(config, line["data/bad_images"], step)
             line["perf/images_per_sec"] = progress.rate(step)
         progress.show(step, line)
+
+        metrics = {}
         if due(config.eval.every_updates):
             progress.pause()
-            report = evaluate.student(predict, eval_batches, config.resolved.classes, state, teacher_labels=teacher_labels)
+            report = evaluate.student(
+                network,
+                eval_batches,
+                config.resolved.classes,
+                predict=predict,
+                averages={path: variable.numpy() for path, variable in state.ema},
+                teacher_labels=teacher_labels,
+            )
             metrics = report.metrics
             line.update(metrics)
             logging.info("update %d/%d  %s", step, total, headline(metrics))
-            writer.image(step, "eval/confusion", pictures.confusion_matrix(report.confusion, config.resolved.classes))
+            matrix = pictures.confusion_matrix(report.confusion, config.resolved.classes)
+            writer.image(step, "eval/confusion", matrix)
             progress.resume()
         if line:
             writer.scalars(step, line)
+
         if due(config.checkpoint.every_updates):
-            writer.flush()
-            at_step = metrics if due(config.eval.every_updates) else {}
-            saver.save(step, train_step.snapshot(state), metrics=at_step)
+            writer.flush()  # before the manifest: no checkpoint is ahead of its log
+            saver.save(step, train_step.snapshot(state), metrics=metrics)
     saver.join()
     progress.close()
     writer.close()
@@ -150,6 +160,7 @@ def claim_workdir(config, workdir: Path) -> None:
         return
     if (workdir / "checkpoints").exists():
         raise errors.UserError(f"{workdir} has checkpoints but no config.json: choose another --workdir=")
+    workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / "config.json.tmp"
     temporary.write_text(configuration.to_json(config))
     temporary.replace(path)
@@ -223,8 +234,20 @@ def guard(config, vector: np.ndarray, step: int) -> None:
         raise Diverged(f"update {step}: {config.max_skipped} updates in a row had non-finite gradients (max_skipped)")
 
 
-def check_readable(config, bad_images: float) -> None:
-    """Raise UserError once more than max_bad_fraction of the split, or of all that was read, was unreadable."""
+def check_readable(config, bad_images: float, step: int) -> None:
+    """Raise UserError once more than max_bad_fraction of what was read, or of one epoch, was unreadable."""
+    read = max(step * config.global_batch, config.resolved.train_size)
+    if bad_images > config.data.max_bad_fraction * read:
+        raise errors.UserError(
+            f"data.max_bad_fraction ({config.data.max_bad_fraction}): {bad_images:.0f} unreadable images after "
+            f"update {step}"
+        )
+
+
+def first_batch(batch, strategy: tf.distribute.Strategy, classes) -> np.ndarray:
+    """Return a picture of the first training images as the student sees them."""
+    images, labels = (strategy.experimental_local_results(batch[name])[0][:16] for name in ("image", "label"))
+    return pictures.batch(images.numpy(), labels.numpy(), classes)
 
 
 def headline(metrics: dict[str, float]) -> str:
@@ -235,3 +258,4 @@ def headline(metrics: dict[str, float]) -> str:
 def versions() -> dict[str, str]:
     """Return what a checkpoint's manifest says about the software that wrote it."""
     return {"deit": deit.__version__, "tensorflow": tf.__version__, "python": platform.python_version()}
+

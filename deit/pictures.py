@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard: a batch as the student sees it, a confusion matrix. Arrays in, uint8 [H, W, 3] out.
+"""Pictures for TensorBoard, uint8 [H, W, 3]: a batch as the student sees it, a confusion matrix.
 
 Figure objects without pyplot: no global state, no display, no picture left open over a long run.
 """

@@ -6,13 +6,12 @@ shape is refused by name.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
-from deit import checkpoint, errors
+from deit import checkpoint
 from deit import config as configuration
 from deit.models import factory, paths
 
@@ -25,6 +24,7 @@ class Saved:
       config: the run's, `resolved` included.
       network: the student with its raw weights; `tensors` holds the EMA's as `ema/<own path>`.
       step: finished updates.
+      run: the run directory around the checkpoint (RUN/checkpoints/step-N).
       metrics: of the evaluation at that update; empty where there was none.
     """
 
@@ -32,6 +32,7 @@ class Saved:
     network: factory.Network
     tensors: dict[str, np.ndarray]
     step: int
+    run: Path
     metrics: dict[str, float]
 
 
@@ -48,22 +49,6 @@ def open_network(path: str | Path, *, precision: str = "") -> Saved:
         precision=precision or config.precision,
         load_weights=False,  # a backbone's come from the checkpoint, not from its first weights file
     )
-    assign(paths.variables(network.model), tensors, "student")
-    return Saved(config, network, tensors, manifest["step"], manifest["metrics"])
-
-
-def assign(variables: list[tuple[str, Any]], tensors: dict[str, np.ndarray], kind: str) -> None:
-    """Assign the tensors `<kind>/<own path>` to (own path, variable). Errors: UserError listing what does not fit."""
-    wanted = {f"{kind}/{path}": variable for path, variable in variables}
-    given = {name for name in tensors if name.startswith(f"{kind}/")}
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - given)]
-    problems += [f"left over {name}" for name in sorted(given - wanted.keys())]
-    for name in sorted(wanted.keys() & given):
-        have, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
-        if have != want:
-            problems.append(f"{name} is {have}, not {want}")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise errors.UserError("the checkpoint does not fit this model: " + "; ".join(problems[:5]) + more)
-    for name, variable in wanted.items():
-        variable.assign(tensors[name])
+    student = [(f"student/{path}", variable) for path, variable in paths.variables(network.model)]
+    paths.assign(student, {name: value for name, value in tensors.items() if name.startswith("student/")})
+    return Saved(config, network, tensors, manifest["step"], where.parent.parent, manifest["metrics"])

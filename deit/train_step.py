@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from deit import ema, errors, losses, optim
+from deit import ema, losses, optim
 from deit.models import factory, paths
 
 GROWTH_UPDATES = 2000  # finite updates after which mixed_float16 doubles its loss scale
@@ -101,20 +101,8 @@ def snapshot(state: TrainState) -> dict[str, np.ndarray]:
 
 
 def restore(state: TrainState, tensors: dict[str, np.ndarray]) -> None:
-    """Assign a snapshot. Errors: UserError listing names missing, left over, or of another shape or dtype."""
-    wanted = dict(state.named())
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
-    problems += [f"left over {name}" for name in sorted(tensors.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & tensors.keys()):
-        have = (tensors[name].dtype.name, tuple(tensors[name].shape))
-        want = (wanted[name].dtype.name.removesuffix("_ref"), tuple(wanted[name].shape))
-        if have != want:
-            problems.append(f"{name} is {have}, not {want}")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise errors.UserError("the checkpoint does not fit this model: " + "; ".join(problems[:5]) + more)
-    for name, variable in wanted.items():
-        variable.assign(tensors[name])
+    """Assign a snapshot, whole. Errors: UserError listing names missing, left over, or of another form."""
+    paths.assign(state.named(), tensors)
 
 
 def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -> Callable:

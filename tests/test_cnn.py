@@ -133,14 +133,14 @@ def test_unknown_cut_names_the_nearest_layers(stored):
 def test_weights_file_of_another_network_is_refused(tmp_path):
     model = keras.Sequential([keras.layers.Dense(2, name="conv1", input_shape=(3,))])
     model.save_weights(tmp_path / "other.h5")
-    with pytest.raises(errors.UserError, match="lacks .* of the backbone's layers, the first is conv1_bn"):
+    with pytest.raises(errors.UserError, match=r"lacks .* of the backbone's layers, the first is conv1_bn"):
         build(weights=str(tmp_path / "other.h5"))
 
 
 def test_file_that_is_no_hdf5_is_refused(tmp_path):
     path = tmp_path / "text.h5"
     path.write_text("no weights")
-    with pytest.raises(errors.UserError, match="is no Keras HDF5 file"):
+    with pytest.raises(errors.UserError, match="is no Keras HDF5 weights file"):
         build(weights=str(path))
 
 

@@ -57,29 +57,29 @@ def check(model_config: Any) -> None:
 
 
 def backbone(
-    model_config: Any, *, num_classes: int, image_size: int, policy: Any
+    model_config: Any, *, num_classes: int, image_size: int, policy: Any, load_weights: bool
 ) -> tuple[Any, tuple[str, ...]]:
     """Build a backbone, cut, pooled, with a new head; return it and the path prefixes of loaded weights."""
-    check(model_config)
+    weights = model_config.weights if load_weights else "none"
     construct, mode = BACKBONES[model_config.backbone]
-    network = _cut(_construct(construct, model_config, image_size, policy), model_config.cut)
+    network = _cut(_construct(construct, model_config, weights, image_size, policy), model_config.cut)
     if len(network.output_shape) != 4:
         raise errors.UserError(f"model.cut ({model_config.cut}) must be a layer whose output is [B, H, W, C]")
-    if model_config.weights not in ("imagenet", "none"):
-        _load_by_name(network, model_config.weights)
+    if weights not in ("imagenet", "none"):
+        _load_by_name(network, weights)
     image = keras.Input([image_size, image_size, 3], name="image", dtype="float32")
     x = InputRange(mode, name="input_range", dtype=policy)(image)
     x = network(x, training=False)  # batch-norm statistics stay frozen, dropout stays off
     model = _with_head(image, x, num_classes, model_config.variant)
-    return model, () if model_config.weights == "none" else (network.name,)
+    return model, () if weights == "none" else (network.name,)
 
 
 def groupnorm_resnet(
-    model_config: Any, *, num_classes: int, image_size: int, policy: Any
+    model_config: Any, *, num_classes: int, image_size: int, policy: Any, load_weights: bool
 ) -> tuple[Any, tuple[str, ...]]:
     """Build a ResNet of three stages (32, 64, 128 channels, two convolutions each) with group normalisation.
 
-    Group normalisation has no state, so it trains from nothing at any batch size. About 300 k parameters.
+    It has no pretrained weights to load. Group normalisation has no state, so it trains from nothing at any batch size. About 300 k parameters.
     """
     image = keras.Input([image_size, image_size, 3], name="image", dtype="float32")
     x = vit.Normalize(model_config.mean, model_config.std, name="normalize", dtype=policy)(image)
@@ -120,17 +120,17 @@ def _with_head(image: Any, x: Any, num_classes: int, name: str) -> Any:
     )
 
 
-def _construct(construct: Any, model_config: Any, image_size: int, policy: Any) -> Any:
-    weights = "imagenet" if model_config.weights == "imagenet" else None
+def _construct(construct: Any, model_config: Any, weights: str, image_size: int, policy: Any) -> Any:
+    source = "imagenet" if weights == "imagenet" else None
     before = keras.mixed_precision.global_policy()
     keras.backend.reset_uids()  # some leave layers unnamed: count them from one every time
     keras.mixed_precision.set_global_policy(policy)  # these networks take no dtype
     try:
-        return construct(include_top=False, weights=weights, input_shape=(image_size, image_size, 3))
+        return construct(include_top=False, weights=source, input_shape=(image_size, image_size, 3))
     except Exception as error:  # one line for a size that is too small, a failed download and the like
         reason = str(error).splitlines()[0]
         raise errors.UserError(
-            f"model.backbone ({model_config.backbone}) with model.weights ({model_config.weights}) at "
+            f"model.backbone ({model_config.backbone}) with model.weights ({weights}) at "
             f"{image_size} px can't be built: {reason}"
         ) from error
     finally:

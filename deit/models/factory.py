@@ -76,22 +76,27 @@ def check(model_config: Any, image_size: int) -> None:
             )
 
 
-def build(model_config: Any, *, num_classes: int, image_size: int, precision: str) -> Network:
+def build(
+    model_config: Any, *, num_classes: int, image_size: int, precision: str, load_weights: bool = True
+) -> Network:
     """Build the network of `config.model` and give it its initial weights.
+
+    `load_weights=False` leaves a backbone's own weights unread, for a caller that only counts or assigns its own.
 
     `precision` is float32, tf32, mixed_bfloat16 or mixed_float16; variables and logits are float32 in each.
 
     Raises:
       UserError: unknown variant or backbone, a patch that does not divide the image, a missing weights file.
     """
-    check(model_config, image_size)
+    if load_weights:
+        check(model_config, image_size)
     if precision not in _POLICIES:
         raise errors.UserError(f"precision ({precision}) must be one of {', '.join(_POLICIES)}")
     sizes = {"num_classes": num_classes, "image_size": image_size}
     policy = keras.mixed_precision.Policy(_POLICIES[precision])
     name = model_config.variant
     if name in ("backbone", "groupnorm_resnet"):
-        model, loaded = _OTHERS[name](model_config, **sizes, policy=policy)
+        model, loaded = _OTHERS[name](model_config, **sizes, policy=policy, load_weights=load_weights)
         paths.initialise(model, model_config.seed, loaded=loaded)
         return Network(model, model, (), image_size, num_classes)
     shared = {

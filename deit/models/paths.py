@@ -6,11 +6,13 @@ Keras' names of variables and its seeded draws depend on what was built earlier 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from deit import errors
 
 TOKENS = ("pos_embed", "cls_token", "dist_token")
 # Weights whose initializer Keras keeps under another name than `<weight>_initializer`.
@@ -49,6 +51,23 @@ def derived_seed(seed: int, path: str) -> int:
 def no_decay(path: str, variable: tf.Variable) -> bool:
     """Say whether DeiT spares this variable weight decay: 1-D tensors, biases, tokens, position embedding."""
     return len(variable.shape) <= 1 or path.rsplit("/", 1)[-1] in ("bias", *TOKENS)
+
+
+def assign(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray]) -> None:
+    """Assign tensors by name, all or none. Errors: UserError listing names missing, left over or of another form."""
+    wanted = dict(named)
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
+    problems += [f"left over {name}" for name in sorted(tensors.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & tensors.keys()):
+        have = (tensors[name].dtype.name, tuple(tensors[name].shape))
+        want = (wanted[name].dtype.name, tuple(wanted[name].shape))
+        if have != want:
+            problems.append(f"{name} is {have}, not {want}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise errors.UserError("the checkpoint does not fit this model: " + "; ".join(problems[:5]) + more)
+    for name, variable in wanted.items():
+        variable.assign(tensors[name])
 
 
 def _walk(layer: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, tf.Variable]]:

@@ -27,7 +27,7 @@ def plain(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def truncated_normal() -> Any:
-    """Return DeiT's initializer of kernels, tokens and positions; `paths.initialise` sets its seed."""
+    """Return DeiT's initializer of kernels, tokens and positions; `paths.initialise` seeds it."""
     return keras.initializers.TruncatedNormal(stddev=INITIAL_STDDEV, seed=0)
 
 

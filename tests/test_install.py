@@ -1,0 +1,249 @@
+"""What setup.py asks for and constraints.txt pins, what a module may import, how `make` finds Python."""
+
+import ast
+import importlib.metadata
+import os
+import pathlib
+import runpy
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import deit
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+SKIPPED_FOLDERS = {"runs", "build", "dist"}
+TOOLS_OF_PIP = {"pip", "wheel"}
+
+
+@pytest.fixture(scope="module")
+def setup_arguments() -> dict:
+    """Return what setup.py hands to setuptools."""
+    arguments = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **kw: arguments.update(kw))
+        patch.chdir(REPOSITORY)
+        runpy.run_path(str(REPOSITORY / "setup.py"), run_name="__main__")
+    return arguments
+
+
+def requirements(arguments: dict) -> list[Requirement]:
+    texts = [*arguments["install_requires"], *arguments["extras_require"]["test"]]
+    return [Requirement(text) for text in texts]
+
+
+def pins() -> dict[str, list[Requirement]]:
+    """Return the lines of constraints.txt by package."""
+    found: dict[str, list[Requirement]] = {}
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return found
+
+
+def applies(requirement: Requirement, *, extra: str = "", python: str | None = None) -> bool:
+    environment = {"extra": extra} | ({"python_version": python} if python else {})
+    return requirement.marker is None or requirement.marker.evaluate(environment)
+
+
+def installed(requirement: Requirement) -> str | None:
+    try:
+        return importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def dependencies(requirement: Requirement) -> list[Requirement]:
+    """Return what an installed package asks for on this machine, its chosen extras included."""
+    texts = importlib.metadata.requires(requirement.name) or []
+    extras = ["", *requirement.extras]
+    return [r for r in map(Requirement, texts) if any(applies(r, extra=extra) for extra in extras)]
+
+
+def test_the_version_is_the_package_s_own_and_only_the_package_is_installed(setup_arguments):
+    assert setup_arguments["version"] == deit.__version__
+    assert "deit" in setup_arguments["packages"]
+    assert all(name.split(".")[0] == "deit" for name in setup_arguments["packages"])
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11"])
+def test_every_requirement_has_exactly_one_pinned_version_and_its_range_admits_it(setup_arguments, python):
+    for requirement in requirements(setup_arguments):
+        lines = [p for p in pins()[canonicalize_name(requirement.name)] if applies(p, python=python)]
+        assert len(lines) == 1, f"{requirement} on Python {python}"
+        (pin,) = lines[0].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), f"{requirement} refuses {pin}"
+
+
+def test_every_package_that_is_needed_in_turn_is_pinned(setup_arguments):
+    here = {name: line for name, lines in pins().items() for line in lines if applies(line)}
+    other = [str(line) for line in here.values() if not line.specifier.contains(installed(line) or "0")]
+    if other:
+        pytest.skip(f"this environment is not the pinned one: {other[0]} and {len(other) - 1} others differ")
+    waiting, seen = requirements(setup_arguments), set()
+    while waiting:
+        requirement = waiting.pop()
+        key = (canonicalize_name(requirement.name), *sorted(requirement.extras))
+        if key not in seen:
+            seen.add(key)
+            waiting.extend(dependencies(requirement))
+    needed = {name for name, *_ in seen}
+    assert needed - set(here) == set(), "add to constraints.txt"
+    assert set(here) - needed - TOOLS_OF_PIP == set(), "nothing needs these: remove from constraints.txt"
+
+
+def violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, what): imports that have one door, calls that run code from a file or write anywhere."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = (
+                [f"tensorflow.{node.attr}"]
+                if ast.unparse(node.value) == "tf" and node.attr == "keras"
+                else []
+            )
+        for name in names:
+            top = name.split(".")[0]
+            if top in ("keras", "tf_keras") or name.startswith("tensorflow.keras"):
+                yield node.lineno, "keras"
+            if top in (
+                "tensorflow_addons",
+                "pickle",
+                "cPickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "marshal",
+                "shelve",
+            ):
+                yield node.lineno, top
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called.split(".")[-1] in ("extractall", "unpack_archive"):
+                yield node.lineno, "unpacks an archive unseen"
+            if called in ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+                yield node.lineno, called
+            if called.split(".")[-1] == "load_model" and (
+                "custom_objects" in keywords or "safe_mode" in keywords
+            ):
+                yield node.lineno, "loads a model with custom code"
+            if keywords.get("allow_pickle") == "True":
+                yield node.lineno, "allow_pickle"
+
+
+ONE_DOOR = {"keras": "deit/keras.py", "tensorflow_addons": "deit/addons.py"}
+
+
+def python_files() -> Iterator[pathlib.Path]:
+    for folder, names, files in os.walk(REPOSITORY):
+        names[:] = [name for name in names if not name.startswith(".") and name not in SKIPPED_FOLDERS]
+        yield from (pathlib.Path(folder, file) for file in files if file.endswith(".py"))
+
+
+def test_legacy_keras_and_addons_have_one_door_each_and_no_file_can_run_code_by_being_read():
+    found = []
+    for path in python_files():
+        relative = path.relative_to(REPOSITORY).as_posix()
+        for line, what in violations(ast.parse(path.read_text(encoding="utf-8"))):
+            if ONE_DOOR.get(what) != relative:
+                found.append(f"{relative}:{line}: {what}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tf_keras",
+        "from tf_keras import layers",
+        "import keras",
+        "from tensorflow import keras",
+        "import tensorflow.keras.layers as layers",
+        "tf.keras.Model",
+        "import tensorflow_addons as tfa",
+        "from tensorflow_addons.optimizers import AdamW",
+        "import pickle",
+        "archive.extractall(path)",
+        "shutil.unpack_archive(path)",
+        "torch.load(path)",
+        "yaml.load(text)",
+        "np.load(path, allow_pickle=True)",
+        "keras.models.load_model(path, custom_objects={})",
+        "keras.models.load_model(path, safe_mode=False)",
+    ],
+)
+def test_the_search_for_forbidden_code_finds(code):
+    assert list(violations(ast.parse(code)))
+
+
+@pytest.mark.parametrize(
+    "code", ["from deit import keras", "keras.models.load_model(path)", "from . import keras"]
+)
+def test_the_search_for_forbidden_code_passes_over(code):
+    assert not list(violations(ast.parse(code)))
+
+
+def run_make(folder: pathlib.Path, *arguments: str, path: pathlib.Path) -> subprocess.CompletedProcess:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    environment = {"PATH": str(path), "LC_ALL": "C"}
+    return subprocess.run(
+        [make, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def clone(tmp_path) -> pathlib.Path:
+    """Return a folder with what the set-up reads and an empty `bin` to serve as PATH."""
+    for name in ("Makefile", "setup.py", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def put_program(path: pathlib.Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("target", [".venv", "quickstart", "test", "lint"])
+def test_without_a_python_make_says_in_one_line_how_to_get_one(clone, target):
+    put_program(clone / "bin" / "python3.11", "exit 127")  # what a version manager leaves behind
+    done = run_make(clone, target, path=clone / "bin")
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "no working Python 3.10 or 3.11" in done.stderr and "make PYTHON=" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_make_takes_the_first_python_that_runs_and_the_one_it_is_told(clone):
+    put_program(clone / "bin" / "python3.11", "exit 127")
+    put_program(clone / "bin" / "python3.10", "exit 0")
+    put_program(clone / "bin" / "python3", "exit 0")
+    put_program(clone / "bin" / "mine", "exit 0")
+    assert "with python3.10:" in run_make(clone, "-n", ".venv", path=clone / "bin").stdout
+    assert "with mine:" in run_make(clone, "-n", ".venv", "PYTHON=mine", path=clone / "bin").stdout
+
+
+@pytest.mark.parametrize("changed", ["setup.py", "constraints.txt"])
+def test_the_set_up_is_done_again_only_when_a_list_of_packages_changed(clone, changed):
+    put_program(clone / "bin" / "python3", "exit 0")
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / "installed").touch()
+    for name in ("setup.py", "constraints.txt"):
+        os.utime(clone / name, (1e9, 1e9))
+    assert "Installing" not in run_make(clone, "-n", ".venv", path=clone / "bin").stdout
+    os.utime(clone / changed, (4e9, 4e9))
+    assert "Installing" in run_make(clone, "-n", ".venv", path=clone / "bin").stdout
