@@ -34,8 +34,10 @@ def main(_) -> int:
     configuration.validate(config)
     workdir = run_directory.check_workdir(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
 
-    from deit import evaluate, plan, runtime  # TensorFlow starts only now, with everything checked that can be
+    from deit import evaluate, plan, runtime  # TensorFlow is imported only now, and starts no device yet
+    from deit.models import factory
 
+    factory.check(config.model, config.data.image_size)
     runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
     strategy = runtime.make_strategy(config.strategy, config.devices)
     if MODE.value == "plan":

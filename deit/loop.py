@@ -120,6 +120,7 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
         metrics = {}
         if due(config.eval.every_updates):
             progress.pause()
+            logging.info("evaluating after update %d on %s", step, config.data.eval_split)
             report = evaluate.student(
                 network,
                 eval_batches,

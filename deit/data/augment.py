@@ -68,7 +68,7 @@ def random_resized_crop(
 ) -> tf.Tensor:
     """Decode a random window of an encoded image and resize it (bicubic) to uint8 [size, size, 3].
 
-    `scale`: the window's share of the area, low and high; `ratio`: its width / height, uniform in the logarithm.
+    `scale`: the window's share of the area, low and high; `ratio`: its width / height, log-uniform.
     A JPEG is decoded only where the window is, so a truncated one fails only where rows are missing.
     """
 
@@ -91,8 +91,8 @@ def crop_window(
 ) -> tf.Tensor:
     """Draw the window of a random-resized crop: int32 [4], top, left, height, width.
 
-    Law (Szegedy et al., arXiv:1409.4842, as in torchvision): the first of 10 draws of area and ratio that fits
-    the image; where none fits, the largest central window with the nearest legal ratio.
+    Law (Szegedy et al., arXiv:1409.4842, as in torchvision): the first of 10 draws of area and ratio that
+    fits the image; where none fits, the largest central window with the nearest legal ratio.
     """
     rows, columns = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
     share = tf.random.stateless_uniform(

@@ -40,7 +40,7 @@ def open_source(data_config, split: str) -> Source:
 
 
 def sizes(data_config) -> tuple[int, int, int] | None:
-    """Return (train examples, evaluation examples, classes), nothing downloaded; None where the data is absent."""
+    """Return (train size, evaluation size, classes) without a download; None where the data is absent."""
     return _kind(data_config.name).sizes(data_config)
 
 
@@ -171,15 +171,13 @@ def _prepare(data_config):
         builder = tfds.builder(name, data_dir=data_config.data_dir or None)
         builder.download_and_prepare()
         return builder
-    except (
-        Exception
-    ) as error:  # TFDS lets through whatever its downloader, the disk or a data set's script raises
+    except Exception as error:  # TFDS lets through whatever its downloader or a data set's script raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         where = data_config.data_dir or "the default TFDS directory"
         raise errors.UserError(
-            f"data.name ({data_config.name}) is not prepared in {where} and could not be downloaded ({reason}): "
-            "give --config.data.data_dir=DIR with prepared data, or --config.data.name=folder:PATH with a folder "
-            "per class, or run `make quickstart`, which needs no data"
+            f"data.name ({data_config.name}) is not prepared in {where} and could not be downloaded "
+            f"({reason}): give --config.data.data_dir=DIR with prepared data, or --config.data.name=folder:PATH "
+            "with a folder per class, or run `make quickstart`, which needs no download"
         ) from error
 
 
@@ -219,9 +217,9 @@ def _fits_in_memory(builder, split: str, info) -> None:
     size = whole.num_bytes * info.num_examples // max(1, whole.num_examples)
     if size > MEMORY_LIMIT:
         raise errors.UserError(
-            f"split {split} of {builder.info.name} has {size / 1e9:.1f} GB in tfrecord files, which have no random "
-            f"access and must fit in {MEMORY_LIMIT / 1e9:g} GB of memory: convert them to array_record with "
-            f"tools/prepare_data.py"
+            f"split {split} of {builder.info.name} has {size / 1e9:.1f} GB in tfrecord files, which have "
+            f"no random access and must fit in {MEMORY_LIMIT / 1e9:g} GB of memory: convert them to array_record "
+            "with tools/prepare_data.py"
         )
 
 
@@ -311,7 +309,7 @@ def _parse(split: str) -> tuple[str, tuple[float, float] | None]:
 
 
 def _slice(count: int, keep: tuple[float, float] | None, split: str) -> np.ndarray:
-    """Return the rows of a slice, after a fixed permutation: the examples of a folder are ordered by class."""
+    """Return the rows of a slice, after a fixed permutation: a folder's examples are ordered by class."""
     low, high = keep or (0.0, 1.0)
     rows = _permutation(count)[round(count * low) : round(count * high)]
     if not len(rows):

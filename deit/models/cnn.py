@@ -79,7 +79,8 @@ def groupnorm_resnet(
 ) -> tuple[Any, tuple[str, ...]]:
     """Build a ResNet of three stages (32, 64, 128 channels, two convolutions each) with group normalisation.
 
-    It has no pretrained weights to load. Group normalisation has no state, so it trains from nothing at any batch size. About 300 k parameters.
+    It has no pretrained weights to load. Group normalisation has no state, so it trains from nothing at any
+    batch size. About 300 k parameters.
     """
     image = keras.Input([image_size, image_size, 3], name="image", dtype="float32")
     x = vit.Normalize(model_config.mean, model_config.std, name="normalize", dtype=policy)(image)

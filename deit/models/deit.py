@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ class Shape:
       heads: attention heads (DeiT: dim / 64).
       patch: px, the side of a patch.
       distilled: whether there is a distillation token with a head of its own.
+      stddev: of the initial weights, a normal distribution cut at twice that.
     """
 
     dim: int
@@ -27,6 +29,7 @@ class Shape:
     heads: int
     patch: int
     distilled: bool
+    stddev: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +62,28 @@ def build(
 ) -> tuple[Any, Any]:
     """Return the inference model and the training model of one set of variables (see `connect`)."""
     prefix = 2 if shape.distilled else 1
+    initializer = functools.partial(vit.truncated_normal, shape.stddev)
     last = shape.depth - 1
     parts = Parts(
         normalize=vit.Normalize(mean, std, name="normalize", dtype=policy),
-        patch_embed=vit.PatchEmbed(shape.dim, shape.patch, name="patch_embed", dtype=policy),
-        tokens=vit.PrefixTokens(shape.distilled, name="tokens", dtype=policy),
+        patch_embed=vit.PatchEmbed(
+            shape.dim, shape.patch, initializer=initializer(), name="patch_embed", dtype=policy
+        ),
+        tokens=vit.PrefixTokens(shape.distilled, initializer=initializer(), name="tokens", dtype=policy),
         blocks=[
             vit.Block(
                 shape.dim,
                 shape.heads,
                 rate=rate,
                 keep=prefix if i == last else 0,
+                stddev=shape.stddev,
                 name=f"blocks.{i}",
                 dtype=policy,
             )
             for i, rate in enumerate(rates(drop_path, shape.depth))
         ],
         norm=vit.layer_norm("norm", policy),
-        heads=heads(num_classes, distilled=shape.distilled, initializer=vit.truncated_normal),
+        heads=heads(num_classes, distilled=shape.distilled, initializer=initializer),
     )
     return connect(parts, name, image_size=image_size)
 

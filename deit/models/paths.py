@@ -54,7 +54,7 @@ def no_decay(path: str, variable: tf.Variable) -> bool:
 
 
 def assign(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray]) -> None:
-    """Assign tensors by name, all or none. Errors: UserError listing names missing, left over or of another form."""
+    """Assign tensors by name, all or none. Errors: UserError listing names missing, left over, of other form."""
     wanted = dict(named)
     problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
     problems += [f"left over {name}" for name in sorted(tensors.keys() - wanted.keys())]

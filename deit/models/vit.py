@@ -14,21 +14,21 @@ import tensorflow as tf
 from deit import keras
 
 LAYER_NORM_EPSILON = 1e-6
-INITIAL_STDDEV = 0.02  # truncated at two standard deviations (DeiT)
+INITIAL_STDDEV = 0.02  # DeiT's
 
 _serializable = keras.utils.register_keras_serializable(package="deit")
 
 
 def plain(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep AutoGraph off a layer's `call` that has no control flow on tensors: builds several times faster."""
+    """Keep AutoGraph off a `call` without control flow on tensors: a network builds several times faster."""
     wrapped = tf.autograph.experimental.do_not_convert(call)
     wrapped.__signature__ = inspect.signature(call)  # Keras looks at it to see whether `training` is taken
     return wrapped
 
 
-def truncated_normal() -> Any:
-    """Return DeiT's initializer of kernels, tokens and positions; `paths.initialise` seeds it."""
-    return keras.initializers.TruncatedNormal(stddev=INITIAL_STDDEV, seed=0)
+def truncated_normal(stddev: float = INITIAL_STDDEV) -> Any:
+    """Return an initializer of kernels, tokens, positions, cut at 2 stddev; `paths.initialise` seeds it."""
+    return keras.initializers.TruncatedNormal(stddev=stddev, seed=0)
 
 
 def layer_norm(name: str, policy: Any) -> Any:
@@ -134,11 +134,13 @@ class Attention(keras.layers.Layer):
     With `keep` > 0 only the first `keep` tokens ask, so [B, keep, D] comes back.
     """
 
-    def __init__(self, dim: int, heads: int, *, keep: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, keep: int = 0, stddev: float = INITIAL_STDDEV, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.dim, self.heads, self.keep = dim, heads, keep
-        self.qkv = _dense(3 * dim, "qkv", self.dtype_policy)
-        self.proj = _dense(dim, "proj", self.dtype_policy)
+        self.dim, self.heads, self.keep, self.stddev = dim, heads, keep, stddev
+        self.qkv = _dense(3 * dim, "qkv", self.dtype_policy, stddev)
+        self.proj = _dense(dim, "proj", self.dtype_policy, stddev)
 
     @plain
     def call(self, x: tf.Tensor) -> tf.Tensor:
@@ -153,25 +155,26 @@ class Attention(keras.layers.Layer):
         return self.proj(tf.reshape(mixed, [-1, count, self.dim]))
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "dim": self.dim, "heads": self.heads, "keep": self.keep}
+        fields = {"dim": self.dim, "heads": self.heads, "keep": self.keep, "stddev": self.stddev}
+        return {**super().get_config(), **fields}
 
 
 @_serializable
 class Mlp(keras.layers.Layer):
     """Two dense layers, four times as wide between, with the exact (erf) GELU: [B, N, D] -> [B, N, D]."""
 
-    def __init__(self, dim: int, **kwargs: Any) -> None:
+    def __init__(self, dim: int, *, stddev: float = INITIAL_STDDEV, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.dim = dim
-        self.fc1 = _dense(4 * dim, "fc1", self.dtype_policy)
-        self.fc2 = _dense(dim, "fc2", self.dtype_policy)
+        self.dim, self.stddev = dim, stddev
+        self.fc1 = _dense(4 * dim, "fc1", self.dtype_policy, stddev)
+        self.fc2 = _dense(dim, "fc2", self.dtype_policy, stddev)
 
     @plain
     def call(self, x: tf.Tensor) -> tf.Tensor:
         return self.fc2(tf.nn.gelu(self.fc1(x), approximate=False))
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "dim": self.dim}
+        return {**super().get_config(), "dim": self.dim, "stddev": self.stddev}
 
 
 @_serializable
@@ -182,13 +185,22 @@ class Block(keras.layers.Layer):
     leaving them out saves about a seventeenth of DeiT's work without changing a logit.
     """
 
-    def __init__(self, dim: int, heads: int, *, rate: float = 0.0, keep: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        rate: float = 0.0,
+        keep: int = 0,
+        stddev: float = INITIAL_STDDEV,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.dim, self.heads, self.rate, self.keep = dim, heads, float(rate), keep
+        self.dim, self.heads, self.rate, self.keep, self.stddev = dim, heads, float(rate), keep, stddev
         self.norm1 = layer_norm("norm1", self.dtype_policy)
-        self.attn = Attention(dim, heads, keep=keep, name="attn", dtype=self.dtype_policy)
+        self.attn = Attention(dim, heads, keep=keep, stddev=stddev, name="attn", dtype=self.dtype_policy)
         self.norm2 = layer_norm("norm2", self.dtype_policy)
-        self.mlp = Mlp(dim, name="mlp", dtype=self.dtype_policy)
+        self.mlp = Mlp(dim, stddev=stddev, name="mlp", dtype=self.dtype_policy)
 
     @plain
     def call(self, x: tf.Tensor, drop: tf.Tensor | None = None) -> tf.Tensor:
@@ -200,7 +212,7 @@ class Block(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         fields = {"dim": self.dim, "heads": self.heads, "rate": self.rate, "keep": self.keep}
-        return {**super().get_config(), **fields}
+        return {**super().get_config(), **fields, "stddev": self.stddev}
 
 
 @_serializable
@@ -235,5 +247,5 @@ class TakeToken(keras.layers.Layer):
         return {**super().get_config(), "index": self.index}
 
 
-def _dense(units: int, name: str, policy: Any) -> Any:
-    return keras.layers.Dense(units, kernel_initializer=truncated_normal(), name=name, dtype=policy)
+def _dense(units: int, name: str, policy: Any, stddev: float) -> Any:
+    return keras.layers.Dense(units, kernel_initializer=truncated_normal(stddev), name=name, dtype=policy)

@@ -1,0 +1,162 @@
+"""Configuration: one bad value a field, relations, units, what may differ on resume, json there and back."""
+
+import json
+import math
+
+import pytest
+
+from configs import base, deit_tiny_flowers, quickstart, teacher_flowers
+from deit import config as configuration
+from deit import errors
+
+PRESETS = {
+    "base": base.get_config,
+    "teacher_flowers": teacher_flowers.get_config,
+    **{f"deit_tiny_flowers:{a}": (lambda a=a: deit_tiny_flowers.get_config(a)) for a in deit_tiny_flowers.PRESETS},
+    **{f"quickstart:{a}": (lambda a=a: quickstart.get_config(a)) for a in quickstart.PRESETS},
+}
+
+
+def resolve(config, *, train_size=3303, replicas=1):
+    return configuration.resolve(config, train_size=train_size, eval_size=367, classes="abcde", replicas=replicas)
+
+
+def changed(**fields):
+    config = base.get_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_locked_and_has_exactly_the_fields_of_base(name):
+    config = PRESETS[name]()
+    configuration.validate(config)
+    assert {key for key, _ in configuration.flatten(config)} == {key for key, _ in configuration.flatten(base.get_config())}
+    if name != "base":
+        with pytest.raises(AttributeError):
+            config.stranger = 1
+
+
+BAD = {
+    "seed": -1, "epochs": 0.0, "total_updates": -1, "global_batch": 0, "micro_batch": 0, "precision": "float64",
+    "strategy": "all", "devices": -1, "max_skipped": 0, "data.name": "flowers", "data.image_size": 4,
+    "data.train_size": 0, "data.eval_size": 0, "data.num_classes": 1, "data.max_bad_fraction": 1.5,
+    "data.threads": -1, "augment.crop": "centre", "augment.resize_margin": -1, "augment.scale": (0.5, 0.1),
+    "augment.ratio": (2.0, 1.0), "augment.flip": 1.1, "model.seed": -3, "model.drop_path": 1.0,
+    "model.mean": (0.5,), "model.std": (1.0, 1.0, 0.0), "optim.peak_lr": 0.0, "optim.lr_batch": -1,
+    "optim.schedule": "linear", "optim.warmup_epochs": -1.0, "optim.warmup_lr": -1.0, "optim.final_lr": -1.0,
+    "optim.weight_decay": -0.1, "optim.beta_1": 1.0, "optim.beta_2": 1.0, "optim.epsilon": 0.0,
+    "optim.clip_norm": -1.0, "optim.ema_decay": 1.0, "loss.kind": "mse", "loss.smoothing": 1.0,
+    "distill.kind": "warm", "distill.alpha": 1.2, "distill.tau": 0.0, "distill.form": "js",
+    "distill.reduction": "sum", "distill.weighting": "none", "teacher.kind": "bit", "teacher.image_size": -1,
+    "teacher.batch": 0, "teacher.min_accuracy": 91.0, "teacher.sha256": "abc", "checkpoint.every_updates": -1,
+    "checkpoint.keep": 0, "eval.every_updates": -1, "eval.batch": 0, "eval.crop_ratio": 1.5, "log.every_updates": 0,
+}  # fmt: skip
+
+# Any value is legal, or the value is checked against the machine: paths, names of networks, booleans, free text.
+UNBOUNDED = {
+    "data.data_dir", "data.train_split", "data.eval_split", "model.variant", "model.backbone", "model.weights",
+    "model.cut", "optim.decay_coupled", "optim.decay_exclude", "optim.amsgrad", "teacher.path", "teacher.name",
+    "teacher.weights",
+}  # fmt: skip
+
+
+def test_every_field_of_base_has_a_bad_value_or_a_reason_to_have_none():
+    assert {name for name, _ in configuration.flatten(base.get_config())} == BAD.keys() | UNBOUNDED
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_refused_with_its_name_and_value(name):
+    with pytest.raises(errors.UserError) as caught:
+        configuration.validate(changed(**{name: BAD[name]}))
+    assert name in str(caught.value)
+    assert str(BAD[name]) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_refused(value):
+    with pytest.raises(errors.UserError, match=r"optim.weight_decay .* must be finite"):
+        configuration.validate(changed(**{"optim.weight_decay": value}))
+
+
+def test_a_misspelt_choice_is_answered_with_the_nearest_one():
+    with pytest.raises(errors.UserError, match="did you mean mixed_bfloat16"):
+        configuration.validate(changed(precision="mixed_bfloat"))
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_both_numbers():
+    with pytest.raises(errors.UserError, match=r"global_batch \(250\) must be divisible by micro_batch \(16\)"):
+        configuration.validate(changed(global_batch=250))
+    with pytest.raises(errors.UserError, match=r"global_batch \(256\) must be .* replicas \* micro_batch \(3 \* 16\)"):
+        resolve(base.get_config(), replicas=3)
+
+
+def test_distillation_without_a_teacher_is_refused():
+    with pytest.raises(errors.UserError, match=r"teacher.kind \('none'\) must name a teacher"):
+        configuration.validate(changed(**{"distill.kind": "hard"}))
+
+
+def test_a_bad_value_of_a_nested_teacher_is_named_in_full():
+    config = quickstart.get_config("")
+    config.teacher.train.loss.smoothing = 2.0
+    with pytest.raises(errors.UserError, match="teacher.train.loss.smoothing"):
+        configuration.validate(config)
+
+
+def test_twenty_epochs_of_the_flowers_are_258_updates_of_256():
+    resolved = resolve(deit_tiny_flowers.get_config()).resolved
+    assert resolved.total_updates == 258  # 20 * 3303 / 256 = 258.05
+    assert resolved.warmup_updates == 26  # 2 * 3303 / 256 = 25.8
+    assert resolved.accum_steps == 16
+    assert resolved.peak_lr == 1e-3
+
+
+def test_the_linear_rule_scales_the_examples_rate_and_leaves_the_cards_alone():
+    assert resolve(deit_tiny_flowers.get_config("keras_example")).resolved.peak_lr == pytest.approx(2.5e-4)
+    assert resolve(deit_tiny_flowers.get_config("card")).resolved.peak_lr == 6.25e-5
+
+
+def test_total_updates_replaces_epochs_and_shrinks_the_warm_up_in_proportion():
+    resolved = resolve(changed(total_updates=129)).resolved
+    assert (resolved.total_updates, resolved.warmup_updates) == (129, 13)
+    assert resolve(changed(total_updates=3)).resolved.warmup_updates == 0
+    assert resolve(changed(total_updates=1, **{"optim.warmup_epochs": 20.0})).resolved.warmup_updates == 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_there_and_back_is_the_same_configuration(name):
+    config = resolve(PRESETS[name]())
+    text = configuration.to_json(config)
+    back = configuration.from_json(text, base.get_config())
+    assert configuration.difference(config, back) == []
+    assert json.loads(configuration.to_json(back)) == json.loads(text)
+    configuration.validate(back)
+
+
+def test_a_recorded_field_that_is_gone_is_refused_with_the_nearest_name():
+    data = json.loads(configuration.to_json(base.get_config()))
+    data["global_bach"] = 3
+    with pytest.raises(errors.UserError, match="unknown config field global_bach; did you mean global_batch"):
+        configuration.from_json(json.dumps(data), base.get_config())
+
+
+def test_damaged_json_is_one_line():
+    with pytest.raises(errors.UserError, match=r"config.json is damaged"):
+        configuration.from_json("{", base.get_config())
+
+
+def test_what_changes_the_result_differs_and_what_does_not_is_free():
+    before = resolve(base.get_config())
+    assert configuration.difference(before, resolve(changed(**{"optim.peak_lr": 2e-3}))) == [
+        "optim.peak_lr: 0.001 -> 0.002",
+        "resolved.peak_lr: 0.001 -> 0.002",
+    ]
+    free = {"micro_batch": 32, "data.data_dir": "elsewhere", "log.every_updates": 7, "checkpoint.keep": 9}
+    assert configuration.difference(before, resolve(changed(**free), replicas=2)) == []
+
+
+def test_a_changed_field_of_the_nested_teacher_is_a_difference():
+    one, other = quickstart.get_config(""), quickstart.get_config("")
+    other.teacher.train.epochs = 9.0
+    assert configuration.difference(resolve(one), resolve(other)) == ["teacher.train.epochs: 8.0 -> 9.0"]
