@@ -1,6 +1,7 @@
 """Train, plan or evaluate a run: flags, logging, strategy, dispatch, exit code.
 
-python main.py --config=configs/deit_tiny_flowers.py [--config.FIELD=VALUE ...] [--workdir=runs/NAME] [--mode=train|plan|eval]
+python main.py --config=configs/deit_tiny_flowers.py [--config.FIELD=VALUE ...] [--workdir=runs/NAME]
+               [--mode=train|plan|eval]
 """
 
 from pathlib import Path

@@ -41,9 +41,7 @@ EXTRAS = {
 if __name__ == "__main__":
     setuptools.setup(
         name="deit",
-        version=re.search(
-            r'^__version__ = "(.+)"$', VERSION_FILE.read_text(encoding="utf-8"), re.MULTILINE
-        ).group(1),
+        version=re.search(r'^__version__ = "(.+)"$', VERSION_FILE.read_text(encoding="utf-8"), re.MULTILINE).group(1),
         description="Data-efficient image transformers by distillation, in TensorFlow.",
         license="Apache-2.0",
         license_files=["LICENSE"],

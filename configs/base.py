@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
     c.augment.flip = 0.5  # probability of a horizontal flip
 
     c.model = ConfigDict()
-    c.model.variant = "deit_tiny_distilled_patch16_224"  # timm's names | keras_example | deit_micro[_distilled] | backbone | groupnorm_resnet
+    # timm's names | keras_example | deit_micro[_distilled]_patch{4,8}_32 | backbone | groupnorm_resnet
+    c.model.variant = "deit_tiny_distilled_patch16_224"
     c.model.seed = 0  # drives initial weights and drop-path
     c.model.drop_path = 0.1  # rate of the last block, linear over depth; 0 <= . < 1
     c.model.mean = (0.485, 0.456, 0.406)  # input is (x / 255 - mean) / std; ImageNet's

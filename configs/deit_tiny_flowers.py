@@ -48,7 +48,10 @@ def card(c: ConfigDict) -> ConfigDict:
     """Change `c` to the model card: the Keras example at batch 16 with a constant 6.25e-5."""
     c = keras_example(c)
     c.global_batch = c.micro_batch = 16
-    c.optim.peak_lr, c.optim.lr_batch = 6.25e-5, 0  # the card's value, whatever the scaling rule says of batch 16
+    c.optim.peak_lr, c.optim.lr_batch = (
+        6.25e-5,
+        0,
+    )  # the card's value, whatever the scaling rule says of batch 16
     return c
 
 

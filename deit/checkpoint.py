@@ -99,9 +99,7 @@ class Saver:
         try:
             self._write(step, tensors, metrics)
         except OSError as error:
-            self._error = errors.UserError(
-                f"checkpoint of step {step} was not written to {self._directory}: {error}"
-            )
+            self._error = errors.UserError(f"checkpoint of step {step} was not written to {self._directory}: {error}")
             self._error.__cause__ = error
         except BaseException as error:
             self._error = error
@@ -113,9 +111,7 @@ class Saver:
             reason = verify(target)
             if reason is None:
                 if manifest(target)["state_sha256"] != digest:
-                    logging.error(
-                        "%s exists with another state and is kept: the run is not reproducible", target
-                    )
+                    logging.error("%s exists with another state and is kept: the run is not reproducible", target)
                 return
             _set_aside(target, reason)
         temporary = self._directory / f"tmp-{step:08d}"
@@ -134,9 +130,7 @@ class Saver:
                 "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             }
             content["manifest_sha256"] = _manifest_sha256(content)
-            (temporary / MANIFEST).write_text(
-                json.dumps(content, indent=1, allow_nan=False), encoding="utf-8"
-            )
+            (temporary / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
             for name in (TENSORS, CONFIG, MANIFEST):
                 run_directory.sync(temporary / name)
             run_directory.sync_directory(temporary)
@@ -278,9 +272,7 @@ def _manifest_sha256(content: Mapping) -> str:
 
 def _scan(directory: Path) -> list[Path]:
     """Return the committed checkpoints, newest first."""
-    found = [
-        (int(match[1]), path) for path in directory.glob("step-*") if (match := _STEP.fullmatch(path.name))
-    ]
+    found = [(int(match[1]), path) for path in directory.glob("step-*") if (match := _STEP.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from deit import config as configuration, errors
+from configs import base
+from deit import config as configuration
+from deit import errors
 
 
 def run(main: Callable[[list[str]], int], *, config_flag: str = "", default_config: str = "") -> None:
@@ -70,7 +72,9 @@ def _with_config(argv: list[str], flag: str, default: str) -> list[str]:
             rest.append(word)
     path = value.partition(":")[0]
     if not Path(path).is_file():
-        raise errors.UserError(f"--{flag} ({path}) must be a configuration file or the config.json of a run: no such file")
+        raise errors.UserError(
+            f"--{flag} ({path}) must be a configuration file or the config.json of a run: no such file"
+        )
     if path.endswith(".json"):
         value = f"{Path(default).with_name(_RECORDED)}:{path}"
     return [argv[0], f"--{flag}={value}", *rest]
@@ -78,18 +82,13 @@ def _with_config(argv: list[str], flag: str, default: str) -> list[str]:
 
 def _explain(error: Exception, argv: Sequence[str], flag: str) -> str:
     """Return one line for what went wrong while the flags were read."""
-    if isinstance(error, AttributeError) and flag:
-        try:
-            known = [name for name, _ in configuration.flatten(flags.FLAGS[flag].value)]
-        except Exception:
-            known = []
-        prefix = f"--{flag}."
-        for word in argv:
-            name = word.partition("=")[0].removeprefix(prefix)
-            if word.startswith(prefix) and known and name not in known and not name.startswith("teacher.train."):
-                return configuration.unknown_field(name, known)
-    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(str(text).split())
+    prefix = f"--{flag}."
+    known = [name for name, _ in configuration.flatten(base.get_config())]
+    for word in argv if isinstance(error, AttributeError) and flag else ():
+        name = word.partition("=")[0].removeprefix(prefix)
+        if word.startswith(prefix) and name.removeprefix("teacher.train.") not in known:
+            return configuration.unknown_field(name, known)
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 
 def _takes_arguments(main: Callable) -> bool:

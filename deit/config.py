@@ -83,7 +83,7 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def plain(config: Any) -> dict:
     """Return nested plain dicts, without `resolved`."""
     result = {}
-    for name in config.keys():
+    for name in config:
         value = config[name]
         if name != "resolved":
             result[name] = plain(value) if hasattr(value, "keys") else value
@@ -231,7 +231,10 @@ _RULES: dict[str, _Rule] = {
     "data.threads": _at_least(0),
     "augment.crop": _one_of("resize_crop", "random_resized"),
     "augment.resize_margin": _at_least(0),
-    "augment.scale": ((lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1), "two fractions of the area, 0 < low <= high <= 1"),
+    "augment.scale": (
+        (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1),
+        "two fractions of the area, 0 < low <= high <= 1",
+    ),
     "augment.ratio": ((lambda v: len(v) == 2 and 0 < v[0] <= v[1]), "two ratios, 0 < low <= high"),
     "augment.flip": _FRACTION,
     "model.seed": _SEED,

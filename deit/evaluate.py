@@ -43,7 +43,7 @@ def predictor(network: factory.Network) -> Predict:
     `top1_cls` and `top1_dist`. One head: `top1` alone.
     """
 
-    @tf.function
+    @tf.function(autograph=False)
     def predict(images):
         outputs = network.logits(tf.cast(images, tf.float32))
         ways = {"top1": factory.fused(outputs)}

@@ -8,9 +8,9 @@ import os
 
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 
-import tensorflow as tf  # noqa: E402
-import tf_keras  # noqa: E402
-from tf_keras import (  # noqa: E402, F401
+import tensorflow as tf
+import tf_keras
+from tf_keras import (  # noqa: F401
     Input,
     Model,
     Sequential,

@@ -99,7 +99,9 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
         workdir, config_json=configuration.to_json(config), keep=config.checkpoint.keep, versions=versions()
     )
     learning_rate = state.optimizer.learning_rate_at
-    progress = summaries.Progress(start=step, total=total, batch=config.global_batch, log_every=config.log.every_updates)
+    progress = summaries.Progress(
+        start=step, total=total, batch=config.global_batch, log_every=config.log.every_updates
+    )
     while step < total:
         batch = next(iterator)
         if step == 0:
@@ -253,10 +255,11 @@ def first_batch(batch, strategy: tf.distribute.Strategy, classes) -> np.ndarray:
 
 def headline(metrics: dict[str, float]) -> str:
     """Return the numbers of an evaluation that people look for first."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/recall/" not in name and "/images" not in name)
+    return "  ".join(
+        f"{name} {value:.4f}" for name, value in metrics.items() if "/recall/" not in name and "/images" not in name
+    )
 
 
 def versions() -> dict[str, str]:
     """Return what a checkpoint's manifest says about the software that wrote it."""
     return {"deit": deit.__version__, "tensorflow": tf.__version__, "python": platform.python_version()}
-

@@ -58,9 +58,7 @@ def create_slots(optimizer: Optimizer, variables: Sequence[tf.Variable]) -> None
     optimizer._create_all_weights(list(variables))
 
 
-def apply(
-    optimizer: Optimizer, grads_and_vars: Sequence[tuple], decay_variables: Sequence[tf.Variable]
-) -> None:
+def apply(optimizer: Optimizer, grads_and_vars: Sequence[tuple], decay_variables: Sequence[tf.Variable]) -> None:
     """Apply gradients that are already summed over replicas, decaying `decay_variables` first.
 
     Call it in a replica context, or outside any strategy.
@@ -75,9 +73,7 @@ def apply(
     )
 
 
-def slots(
-    optimizer: Optimizer, named_variables: Sequence[tuple[str, tf.Variable]]
-) -> list[tuple[str, tf.Variable]]:
+def slots(optimizer: Optimizer, named_variables: Sequence[tuple[str, tf.Variable]]) -> list[tuple[str, tf.Variable]]:
     """Return (own path, variable) of the state: `optimizer/m/<path>`, ..., `optimizer/iterations`."""
     names = ("m", "v", "vhat") if optimizer.amsgrad else ("m", "v")
     moments = [

@@ -66,7 +66,16 @@ def _einsum_flops(op: tf.Operation) -> float:
 
 
 def _bytes(op: tf.Operation) -> float:
-    if op.type in ("ReadVariableOp", "Const", "Placeholder", "Reshape", "Identity", "NoOp", "Shape", "ExpandDims"):
+    if op.type in (
+        "ReadVariableOp",
+        "Const",
+        "Placeholder",
+        "Reshape",
+        "Identity",
+        "NoOp",
+        "Shape",
+        "ExpandDims",
+    ):
         return 0.0
     shapes = [(tensor.shape, tensor.dtype.size) for tensor in op.outputs if tensor.shape.is_fully_defined()]
     return float(sum(shape.num_elements() * size for shape, size in shapes))
@@ -121,7 +130,11 @@ def offline(config: ConfigDict, *, replicas: int) -> str:
     note = "" if found else "  [not checked: the data is absent]"
     train, held_out, count = found or (config.data.train_size, config.data.eval_size, config.data.num_classes)
     resolved = configuration.resolve(
-        config, train_size=train, eval_size=held_out, classes=[str(i) for i in range(count)], replicas=replicas
+        config,
+        train_size=train,
+        eval_size=held_out,
+        classes=[str(i) for i in range(count)],
+        replicas=replicas,
     )
     network = _unweighted(config, count)
     return describe(resolved, network=network, teacher=_teacher(config, count), note=note)

@@ -66,4 +66,3 @@ def _tf_config() -> dict:
         return json.loads(text) if text else {}
     except ValueError:
         raise errors.UserError(f"TF_CONFIG must be JSON, it is {text[:80]!r}") from None
-

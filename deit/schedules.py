@@ -12,9 +12,7 @@ import tensorflow as tf
 Schedule = Callable[[tf.Tensor], tf.Tensor]
 
 
-def warmup_cosine(
-    update: tf.Tensor, *, peak: float, total: int, warmup: int, start: float, final: float
-) -> tf.Tensor:
+def warmup_cosine(update: tf.Tensor, *, peak: float, total: int, warmup: int, start: float, final: float) -> tf.Tensor:
     """Return the rate at `update`, float32: linear from `start`, then half a cosine down to `final`."""
     update = tf.cast(update, tf.float32)
     progress = tf.clip_by_value((update - warmup) / max(1, total - warmup), 0.0, 1.0)
@@ -51,9 +49,7 @@ def _cosine_of(config) -> Schedule:
 
 def _constant_of(config) -> Schedule:
     optim, resolved = config.optim, config.resolved
-    return lambda update: constant(
-        update, peak=resolved.peak_lr, warmup=resolved.warmup_updates, start=optim.warmup_lr
-    )
+    return lambda update: constant(update, peak=resolved.peak_lr, warmup=resolved.warmup_updates, start=optim.warmup_lr)
 
 
 _SCHEDULES = {"cosine": _cosine_of, "constant": _constant_of}

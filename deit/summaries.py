@@ -207,9 +207,7 @@ class Progress:
         self._away = 0.0  # seconds paused
         self._text = ""
         self._begin = (self._clock(), start)
-        self._marks: collections.deque = collections.deque(
-            maxlen=RATE_WINDOW + 1
-        )  # (seconds, step) of log steps
+        self._marks: collections.deque = collections.deque(maxlen=RATE_WINDOW + 1)  # (seconds, step) of log steps
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(

@@ -22,7 +22,15 @@ from deit.models import factory, paths
 
 GROWTH_UPDATES = 2000  # finite updates after which mixed_float16 doubles its loss scale
 FIRST_LOSS_SCALE = 2.0**15
-METRICS = ("train/loss", "train/loss_cls", "train/loss_distill", "optim/grad_norm", "data/weight", "finite", "skipped_in_row")
+METRICS = (
+    "train/loss",
+    "train/loss_cls",
+    "train/loss_distill",
+    "optim/grad_norm",
+    "data/weight",
+    "finite",
+    "skipped_in_row",
+)
 
 
 @dataclasses.dataclass
@@ -67,9 +75,7 @@ def create_state(config, network: factory.Network) -> TrainState:
     """Build the state of update 0 around `network`; call it inside `strategy.scope()`."""
 
     def counter(value, dtype=tf.int64):
-        return tf.Variable(
-            value, dtype=dtype, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
-        )
+        return tf.Variable(value, dtype=dtype, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
     student = paths.variables(network.model)
     trainable = [(path, variable) for path, variable in student if variable.trainable]
@@ -115,7 +121,7 @@ def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -
     apply = _apply(config, state)
     fp16 = config.precision == "mixed_float16"
 
-    @tf.function
+    @tf.function(autograph=False)  # every branch and loop is explicit: tracing is shorter without
     def update(batch):
         reduced, sums = strategy.run(gradients, args=(batch,))
         sums = strategy.experimental_local_results(sums)[0]  # equal on all replicas after the all-reduce

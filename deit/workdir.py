@@ -31,18 +31,14 @@ def lock(workdir: str | Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open(path, "a+")  # noqa: SIM115  closed below: closing it is what unlocks
     except OSError as error:
-        raise errors.UserError(
-            f"workdir ({workdir}) must be a writable directory: {error.strerror}"
-        ) from error
+        raise errors.UserError(f"workdir ({workdir}) must be a writable directory: {error.strerror}") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
             owner = handle.read(20).strip() or "unknown"
-            raise errors.UserError(
-                f"workdir ({workdir}) is in use by another process (pid {owner})"
-            ) from None
+            raise errors.UserError(f"workdir ({workdir}) is in use by another process (pid {owner})") from None
         except OSError as error:
             raise errors.UserError(f"workdir ({workdir}) can't be locked: {error.strerror}") from error
         handle.truncate(0)

@@ -14,9 +14,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Return a smooth uint8 picture with some texture (noise alone would hide a wrong filter)."""
     rng = np.random.RandomState(seed)
     coarse = Image.fromarray(rng.randint(0, 256, [6, 8, 3], np.uint8)).resize((width, height), Image.BICUBIC)
-    return np.clip(np.asarray(coarse, np.int32) + rng.randint(-20, 21, [height, width, 3]), 0, 255).astype(
-        np.uint8
-    )
+    return np.clip(np.asarray(coarse, np.int32) + rng.randint(-20, 21, [height, width, 3]), 0, 255).astype(np.uint8)
 
 
 def encode(image: np.ndarray, kind: str, **options) -> bytes:

@@ -147,9 +147,7 @@ SURGERY = {
         "manifest.json is missing",
     ),
     "wrong sha256": (
-        lambda path: rewrite_manifest(
-            path, lambda m: m["files"]["config.json"].update(sha256="0" * 64), seal=True
-        ),
+        lambda path: rewrite_manifest(path, lambda m: m["files"]["config.json"].update(sha256="0" * 64), seal=True),
         "config.json has another sha256",
     ),
     "a file not listed": (

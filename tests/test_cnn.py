@@ -163,9 +163,7 @@ def test_group_norm_resnet_has_the_same_paths_and_values_when_built_again():
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-@pytest.mark.skipif(
-    not pathlib.Path(WEIGHTS).is_file(), reason="DEIT_TEST_WEIGHTS names no MobileNet weights"
-)
+@pytest.mark.skipif(not pathlib.Path(WEIGHTS).is_file(), reason="DEIT_TEST_WEIGHTS names no MobileNet weights")
 def test_real_mobilenet_features_are_alive():
     network = build(size=224, weights=WEIGHTS, cut="conv_pw_12_relu")
     features = network.model.get_layer("pool").output

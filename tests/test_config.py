@@ -31,7 +31,9 @@ def changed(**fields):
 def test_every_preset_is_valid_locked_and_has_exactly_the_fields_of_base(name):
     config = PRESETS[name]()
     configuration.validate(config)
-    assert {key for key, _ in configuration.flatten(config)} == {key for key, _ in configuration.flatten(base.get_config())}
+    assert {key for key, _ in configuration.flatten(config)} == {
+        key for key, _ in configuration.flatten(base.get_config())
+    }
     if name != "base":
         with pytest.raises(AttributeError):
             config.stranger = 1
@@ -100,7 +102,7 @@ def test_distillation_without_a_teacher_is_refused():
 def test_a_bad_value_of_a_nested_teacher_is_named_in_full():
     config = quickstart.get_config("")
     config.teacher.train.loss.smoothing = 2.0
-    with pytest.raises(errors.UserError, match="teacher.train.loss.smoothing"):
+    with pytest.raises(errors.UserError, match=r"teacher\.train\.loss\.smoothing"):
         configuration.validate(config)
 
 

@@ -7,9 +7,7 @@ import tensorflow as tf
 from deit import ema
 
 
-@pytest.mark.parametrize(
-    ("update", "expected"), [(0, 0.1), (8, 0.5), (80, 0.9), (8990, 0.999), (10**6, 0.999)]
-)
+@pytest.mark.parametrize(("update", "expected"), [(0, 0.1), (8, 0.5), (80, 0.9), (8990, 0.999), (10**6, 0.999)])
 def test_decay_ramps_up_to_its_maximum(update, expected):
     np.testing.assert_allclose(ema.decay_at(update, 0.999), expected, rtol=1e-6)
     np.testing.assert_allclose(ema.decay_at(tf.Variable(update, dtype=tf.int64), 0.999), expected, rtol=1e-6)

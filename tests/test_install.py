@@ -108,11 +108,7 @@ def violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute):
-            names = (
-                [f"tensorflow.{node.attr}"]
-                if ast.unparse(node.value) == "tf" and node.attr == "keras"
-                else []
-            )
+            names = [f"tensorflow.{node.attr}"] if ast.unparse(node.value) == "tf" and node.attr == "keras" else []
         for name in names:
             top = name.split(".")[0]
             if top in ("keras", "tf_keras") or name.startswith("tensorflow.keras"):
@@ -135,9 +131,7 @@ def violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, "unpacks an archive unseen"
             if called in ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"):
                 yield node.lineno, called
-            if called.split(".")[-1] == "load_model" and (
-                "custom_objects" in keywords or "safe_mode" in keywords
-            ):
+            if called.split(".")[-1] == "load_model" and ("custom_objects" in keywords or "safe_mode" in keywords):
                 yield node.lineno, "loads a model with custom code"
             if keywords.get("allow_pickle") == "True":
                 yield node.lineno, "allow_pickle"
@@ -187,9 +181,7 @@ def test_the_search_for_forbidden_code_finds(code):
     assert list(violations(ast.parse(code)))
 
 
-@pytest.mark.parametrize(
-    "code", ["from deit import keras", "keras.models.load_model(path)", "from . import keras"]
-)
+@pytest.mark.parametrize("code", ["from deit import keras", "keras.models.load_model(path)", "from . import keras"])
 def test_the_search_for_forbidden_code_passes_over(code):
     assert not list(violations(ast.parse(code)))
 
@@ -199,9 +191,7 @@ def run_make(folder: pathlib.Path, *arguments: str, path: pathlib.Path) -> subpr
     if make is None:
         pytest.skip("make is not installed")
     environment = {"PATH": str(path), "LC_ALL": "C"}
-    return subprocess.run(
-        [make, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run([make, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture

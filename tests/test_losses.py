@@ -64,9 +64,7 @@ def test_bce_counts_every_class_of_a_mixture_fully_and_no_other_whatever_the_smo
     mixed = np.array([[0.01, 0.99, 0, 0, 0], [0, 0, 1, 0, 0], [0.5, 0, 0, 0, 0.5], [0, 0, 0, 1, 0]])
     probability = 1 / (1 + np.exp(-LOGITS.astype(np.float64)))
     expected = -np.where(mixed > 0, np.log(probability), np.log(1 - probability)).mean(-1)
-    found = base.classification(
-        tf.constant(LOGITS), tf.constant(mixed, tf.float32), kind="bce", smoothing=smoothing
-    )
+    found = base.classification(tf.constant(LOGITS), tf.constant(mixed, tf.float32), kind="bce", smoothing=smoothing)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

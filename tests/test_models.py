@@ -128,14 +128,10 @@ def test_dropped_branches_equal_numpy_twin():
     network = build(drop_path=0.6)
     weights = scatter(network)
     np.testing.assert_allclose(network.drop_rates, [0, 0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6], atol=1e-12)
-    drop = np.array(
-        [[1, 1, 0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0, 1]], dtype=np.float32
-    )
+    drop = np.array([[1, 1, 0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0, 1]], dtype=np.float32)
     mean, std = np.array(model_config().mean), np.array(model_config().std)
     got = network.logits(images(), drop)
-    want = twin(
-        weights, images(), heads=2, patch=4, mean=mean, std=std, drop=drop, rates=np.array(network.drop_rates)
-    )
+    want = twin(weights, images(), heads=2, patch=4, mean=mean, std=std, drop=drop, rates=np.array(network.drop_rates))
     for head in want:
         np.testing.assert_allclose(got[head], want[head], rtol=1e-4, atol=2e-4)
     assert not np.allclose(got["cls"], network.logits(images())["cls"], atol=0.1)
@@ -201,9 +197,7 @@ def test_initial_values_are_a_cut_normal_with_zero_biases(variant, stddev):
     values = {path: v.numpy() for path, v in paths.variables(build(variant).model)}
     kernels = np.concatenate([v.ravel() for path, v in values.items() if path.endswith("kernel")])
     assert np.abs(kernels).max() <= 2 * stddev
-    assert (
-        abs(kernels.std() - stddev * 0.8796) < 0.01 * stddev
-    )  # the spread of a normal cut at two of its own
+    assert abs(kernels.std() - stddev * 0.8796) < 0.01 * stddev  # the spread of a normal cut at two of its own
     assert abs(kernels.mean()) < 0.01 * stddev
     for path, value in values.items():
         if path.endswith(("bias", "beta")):
@@ -225,9 +219,7 @@ def test_both_models_share_their_variables():
 def test_weight_decay_exclusions_are_deits():
     variables = paths.variables(build().model)
     decayed = {path for path, variable in variables if not paths.no_decay(path, variable)}
-    blocks = {
-        f"blocks/{i}/{p}/kernel" for i in range(4) for p in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
-    }
+    blocks = {f"blocks/{i}/{p}/kernel" for i in range(4) for p in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")}
     assert decayed == blocks | {"patch_embed/proj/kernel", "head/kernel", "head_dist/kernel"}
 
 

@@ -142,18 +142,14 @@ def test_the_rate_of_any_update_can_be_read():
 def under_strategies():
     """What `_main` prints: it needs two logical CPUs, which must be asked for before TensorFlow starts."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=120
-    )
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("strategy", ["OneDeviceStrategy", "MirroredStrategy"])
 @pytest.mark.parametrize("coupled", [True, False])
-def test_under_a_strategy_every_replica_decays_skips_and_averages_as_one_device(
-    under_strategies, strategy, coupled
-):
+def test_under_a_strategy_every_replica_decays_skips_and_averages_as_one_device(under_strategies, strategy, coupled):
     found = under_strategies[f"{strategy} {coupled}"]
     expected, _ = numpy_adamw(lambda step: 0.5 * rate(step) if coupled else 0.5, skip=(1,))
     assert len(found["kernel"]) == (2 if strategy == "MirroredStrategy" else 1)

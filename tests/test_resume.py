@@ -95,7 +95,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_in_every_phase_the_run_ends_with_the_same_bits_and_the_same_log(undisturbed, tmp_path):
-    saving = lambda run: (lambda: any((run / "checkpoints").glob("tmp-*")))  # noqa: E731
+    saving = lambda run: lambda: any((run / "checkpoints").glob("tmp-*"))  # noqa: E731
     Training(tmp_path).kill_at_line(r"update 3/6")  # while the teacher trains
     Training(tmp_path).kill_when(saving(tmp_path / "teacher"))  # while the teacher is saved
     Training(tmp_path).kill_at_line(r"measuring the teacher")  # between teacher and student

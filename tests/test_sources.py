@@ -131,7 +131,7 @@ def test_digits_are_scikit_learns_split_in_three_quarters_and_one():
 
 
 def test_unknown_digits_split_names_those_that_exist():
-    with pytest.raises(errors.UserError, match="'validation'.*test, train"):
+    with pytest.raises(errors.UserError, match=r"'validation'.*test, train"):
         sources.open_source(data_config("digits"), "validation")
 
 
@@ -211,11 +211,7 @@ def test_tfrecord_data_above_the_memory_limit_names_the_converter(prepared, monk
     with pytest.raises(errors.UserError, match=r"tools/prepare_data\.py"):
         sources.open_source(data_config("tfds:tiny_pictures", data_dir=str(prepared["tfrecord"])), "train")
     assert (
-        len(
-            sources.open_source(
-                data_config("tfds:tiny_pictures", data_dir=str(prepared["array_record"])), "train"
-            )
-        )
+        len(sources.open_source(data_config("tfds:tiny_pictures", data_dir=str(prepared["array_record"])), "train"))
         == 8
     )
 
@@ -234,8 +230,11 @@ def test_absent_tfds_data_names_the_three_ways_on(tmp_path, monkeypatch):
     assert all(way in line for way in ("--config.data.data_dir=", "folder:PATH", "make quickstart"))
 
 
-def test_damaged_preparation_is_not_taken_for_data(prepared, tmp_path):
+@pytest.mark.parametrize("lost", ["dataset_info.json", "tiny_pictures-train*"])
+def test_incomplete_preparation_is_one_clear_line(prepared, tmp_path, lost):
     shutil.copytree(prepared["tfrecord"], tmp_path / "data")
-    for path in (tmp_path / "data").rglob("dataset_info.json"):
-        path.unlink()
-    assert sources.sizes(data_config("tfds:tiny_pictures", data_dir=str(tmp_path / "data"))) is None
+    (path,) = (tmp_path / "data").rglob(lost)
+    path.unlink()
+    with pytest.raises(errors.UserError, match=r"tfds:tiny_pictures.*incomplete or damaged") as error:
+        sources.open_source(data_config("tfds:tiny_pictures", data_dir=str(tmp_path / "data")), "train")
+    assert "\n" not in str(error.value)

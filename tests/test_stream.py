@@ -22,9 +22,7 @@ def small_source(bad=()) -> sources.InMemory:
     """Return 12 pictures whose label is their index; those in `bad` are damaged, each in another way."""
     rng = np.random.RandomState(0)
     encoded = [
-        tf.io.encode_jpeg(
-            np.kron(rng.randint(0, 256, [5, 6, 3]), np.ones([8, 8, 1])).astype(np.uint8)
-        ).numpy()
+        tf.io.encode_jpeg(np.kron(rng.randint(0, 256, [5, 6, 3]), np.ones([8, 8, 1])).astype(np.uint8)).numpy()
         for _ in range(N)
     ]
     damage = [
@@ -85,9 +83,7 @@ def test_index_of_a_position_is_tensorflows_index_shuffle():
         positions = np.arange(first, first + 6)
         got = stream.positions_to_indices(tf.constant(positions, tf.int64), n=n, seed=seed).numpy()
         shuffled = tf.random.experimental.index_shuffle
-        expected = [
-            int(shuffled(p % n, tf.constant([seed, p // n], tf.int64), np.int64(n - 1))) for p in positions
-        ]
+        expected = [int(shuffled(p % n, tf.constant([seed, p // n], tf.int64), np.int64(n - 1))) for p in positions]
         assert got.tolist() == expected
 
 
@@ -182,10 +178,7 @@ def test_stream_is_deterministic_and_not_sharded_by_tensorflow():
     dataset = stream.training(
         small_source(), small_config(), start_update=0, slice_start=0, slice_size=BATCH, drop_rates=()
     )
-    assert (
-        dataset.options().experimental_distribute.auto_shard_policy
-        == tf.data.experimental.AutoShardPolicy.OFF
-    )
+    assert dataset.options().experimental_distribute.auto_shard_policy == tf.data.experimental.AutoShardPolicy.OFF
     assert dataset.options().deterministic
 
 
@@ -209,9 +202,7 @@ def test_evaluation_in_any_batch_size_gives_the_same_images():
 FLOWERS = os.environ.get("DEIT_TEST_DATA", "")
 
 
-@pytest.mark.skipif(
-    not os.path.isdir(os.path.join(FLOWERS, "tf_flowers")), reason="DEIT_TEST_DATA has no tf_flowers"
-)
+@pytest.mark.skipif(not os.path.isdir(os.path.join(FLOWERS, "tf_flowers")), reason="DEIT_TEST_DATA has no tf_flowers")
 def test_real_flowers_stream_and_resume():
     config = base.get_config()
     config.data.data_dir, config.global_batch = FLOWERS, 64

@@ -358,9 +358,7 @@ def test_the_confusion_matrix_is_dark_where_the_counts_are():
     empty = pictures.confusion_matrix(np.zeros([2, 2], np.int64), ("a", "b"))
     assert diagonal.dtype == np.uint8
     assert diagonal.shape == swapped.shape == empty.shape
-    dark = [
-        np.argwhere(picture[..., 2] > picture[..., 0].astype(int) + 60) for picture in (diagonal, swapped)
-    ]
+    dark = [np.argwhere(picture[..., 2] > picture[..., 0].astype(int) + 60) for picture in (diagonal, swapped)]
     assert [np.corrcoef(places.T)[0, 1] > 0 for places in dark] == [True, False]
     assert not (empty[..., 2] > empty[..., 0].astype(int) + 60).any()
 

@@ -64,9 +64,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zipped(saved, tmp_path_factory):
-    return Path(
-        shutil.make_archive(str(tmp_path_factory.mktemp("zip") / "t"), "zip", saved.parent, "stand_in")
-    )
+    return Path(shutil.make_archive(str(tmp_path_factory.mktemp("zip") / "t"), "zip", saved.parent, "stand_in"))
 
 
 @pytest.fixture
@@ -109,8 +107,7 @@ def test_images_of_another_size_are_resized_as_pillow_does(saved):
     teacher = build(kind="saved_model", path=str(saved))
     large = np.random.default_rng(2).integers(0, 256, (1, 20, 20, 3)).astype(np.float32)
     channels = [
-        np.asarray(Image.fromarray(large[0, ..., i]).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-        for i in range(3)
+        np.asarray(Image.fromarray(large[0, ..., i]).resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for i in range(3)
     ]
     small = np.stack(channels, -1)[None]
     np.testing.assert_allclose(teacher.logits(tf.constant(large)), expected(small), rtol=1e-3, atol=1.0)
@@ -118,9 +115,7 @@ def test_images_of_another_size_are_resized_as_pillow_does(saved):
 
 def test_a_callable_without_signature_is_called_in_inference_mode(tmp_path):
     class Model(tf.Module):
-        @tf.function(
-            input_signature=[tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32), tf.TensorSpec([], tf.bool)]
-        )
+        @tf.function(input_signature=[tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32), tf.TensorSpec([], tf.bool)])
         def __call__(self, x, training):
             logits = tf.reshape(x, [-1, SIZE * SIZE * 3]) @ KERNEL
             return tf.where(training, tf.zeros_like(logits), logits)
@@ -255,9 +250,7 @@ def test_zip_members_that_lead_outside_are_refused(tmp_path, member):
 
 @pytest.fixture(scope="module")
 def mobilenet(tmp_path_factory):
-    network = keras.applications.MobileNet(
-        weights=None, input_shape=(32, 32, 3), classes=3, classifier_activation=None
-    )
+    network = keras.applications.MobileNet(weights=None, input_shape=(32, 32, 3), classes=3, classifier_activation=None)
     rng = np.random.default_rng(0)
     for variable in network.variables:
         if "moving_mean" in variable.name:
@@ -316,9 +309,7 @@ def test_a_run_teaches_with_the_fused_logits_of_its_newest_checkpoint(finished_r
     teacher = build(kind=kind, path=str(workdir), workdir=workdir.parent)
     images = np.random.default_rng(4).integers(0, 256, (3, 16, 16, 3)).astype(np.float32)
     outputs = network.model(images)
-    np.testing.assert_allclose(
-        teacher.logits(tf.constant(images)), (outputs["cls"] + outputs["dist"]) / 2, atol=1e-5
-    )
+    np.testing.assert_allclose(teacher.logits(tf.constant(images)), (outputs["cls"] + outputs["dist"]) / 2, atol=1e-5)
     assert teacher.classes == CLASSES
     assert teacher.parameters == network.model.count_params()
     assert teacher.image_size == 16

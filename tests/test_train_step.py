@@ -54,9 +54,7 @@ class Run:
         self.config = config
         self.strategy = strategy or tf.distribute.OneDeviceStrategy("/cpu:0")
         with self.strategy.scope():
-            self.network = factory.build(
-                config.model, num_classes=CLASSES, image_size=32, precision=config.precision
-            )
+            self.network = factory.build(config.model, num_classes=CLASSES, image_size=32, precision=config.precision)
             self.state = train_step.create_state(config, self.network)
         self.teacher = LinearTeacher()
         self.step = train_step.make(config, self.strategy, self.state, self.teacher)

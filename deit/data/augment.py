@@ -34,21 +34,15 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
         lambda: tf.cond(
             tf.strings.substr(encoded, 0, 2) == b"BM",
             lambda: _decode_bmp(encoded),
-            lambda: tf.ensure_shape(
-                tf.io.decode_image(encoded, channels=3, expand_animations=False), [None, None, 3]
-            ),
+            lambda: tf.ensure_shape(tf.io.decode_image(encoded, channels=3, expand_animations=False), [None, None, 3]),
         ),
     )
 
 
 def _decode_bmp(encoded: tf.Tensor) -> tf.Tensor:
-    image = tf.io.decode_bmp(
-        encoded, channels=0
-    )  # unlike the other decoders it cannot convert to three channels
+    image = tf.io.decode_bmp(encoded, channels=0)  # unlike the other decoders it cannot convert to three channels
     grey = tf.equal(tf.shape(image)[-1], 1)
-    return tf.ensure_shape(
-        tf.cond(grey, lambda: tf.repeat(image, 3, axis=-1), lambda: image[..., :3]), [None, None, 3]
-    )
+    return tf.ensure_shape(tf.cond(grey, lambda: tf.repeat(image, 3, axis=-1), lambda: image[..., :3]), [None, None, 3])
 
 
 def resize_crop(image: tf.Tensor, seed: tf.Tensor, *, size: int, margin: int) -> tf.Tensor:
@@ -95,9 +89,7 @@ def crop_window(
     fits the image; where none fits, the largest central window with the nearest legal ratio.
     """
     rows, columns = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    share = tf.random.stateless_uniform(
-        [_TRIES], draw_seed(seed, _CROP_AREA), minval=scale[0], maxval=scale[1]
-    )
+    share = tf.random.stateless_uniform([_TRIES], draw_seed(seed, _CROP_AREA), minval=scale[0], maxval=scale[1])
     low, high = tf.math.log(float(ratio[0])), tf.math.log(float(ratio[1]))
     aspect = tf.exp(tf.random.stateless_uniform([_TRIES], draw_seed(seed, _CROP_RATIO)) * (high - low) + low)
     area = share * rows * columns
@@ -139,9 +131,7 @@ def evaluation(image: tf.Tensor, *, size: int, crop_ratio: float) -> tf.Tensor:
     short = round(size / crop_ratio)
     shape = tf.shape(image)
     least = tf.minimum(shape[0], shape[1])
-    height, width = tf.unstack(
-        short * shape[:2] // least
-    )  # the long side is cut off, not rounded (torchvision)
+    height, width = tf.unstack(short * shape[:2] // least)  # the long side is cut off, not rounded (torchvision)
     image = _resize(image, height, width, method="bicubic")
     top, left = (height - size) // 2, (width - size) // 2
     return tf.ensure_shape(image[top : top + size, left : left + size], [size, size, 3])

@@ -48,8 +48,7 @@ def check_classes(train: Source, held_out: Source) -> None:
     """Raise UserError unless both splits have the same classes in the same order."""
     if train.classes != held_out.classes:
         only = [
-            sorted(set(a) - set(b))
-            for a, b in ((train.classes, held_out.classes), (held_out.classes, train.classes))
+            sorted(set(a) - set(b)) for a, b in ((train.classes, held_out.classes), (held_out.classes, train.classes))
         ]
         raise errors.UserError(
             f"data.train_split and data.eval_split must have the same classes ({len(train.classes)} and "
@@ -129,16 +128,14 @@ class _Tfds:
         order = tfds.ReadConfig(interleave_cycle_length=1, add_tfds_id=False)
         dataset = builder.as_dataset(split, decoders=decoders, read_config=order, shuffle_files=False)
         dataset = dataset.map(lambda record: (record[image], record[label]))
-        encoded: list[bytes] = []
-        labels: list[np.ndarray] = []
-        for images, numbers in dataset.batch(256).as_numpy_iterator():
-            encoded.extend(images)
-            labels.append(numbers)
-        labels = np.concatenate(labels)
+        try:
+            batches = list(dataset.batch(256).as_numpy_iterator())
+        except Exception as error:  # a file missing or cut short: errors of TensorFlow's readers
+            raise _damaged(data_config, error) from error
+        encoded = [image for images, _ in batches for image in images]
+        labels = np.concatenate([numbers for _, numbers in batches])
         if labels.min() < 0:
-            raise errors.UserError(
-                f"data.name ({data_config.name}) split {split} has examples without a label"
-            )
+            raise errors.UserError(f"data.name ({data_config.name}) split {split} has examples without a label")
         return InMemory(encoded, labels, classes=classes)
 
     @staticmethod
@@ -146,9 +143,7 @@ class _Tfds:
         builder = _prepared(data_config)
         if builder is None:
             return None
-        counts = [
-            _split_info(builder, s).num_examples for s in (data_config.train_split, data_config.eval_split)
-        ]
+        counts = [_split_info(builder, s).num_examples for s in (data_config.train_split, data_config.eval_split)]
         return counts[0], counts[1], builder.info.features[_features(builder)[1]].num_classes
 
 
@@ -161,6 +156,17 @@ def _prepared(data_config):
         return read_only_builder.builder_from_files(name, data_dir=data_config.data_dir or None)
     except registered.DatasetNotFoundError:
         return None
+    except Exception as error:  # no or damaged dataset_info.json, features.json
+        raise _damaged(data_config, error) from error
+
+
+def _damaged(data_config, error: Exception) -> errors.UserError:
+    where = data_config.data_dir or "the default TFDS directory"
+    return errors.UserError(f"data.name ({data_config.name}) in {where} is incomplete or damaged: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _prepare(data_config):
@@ -172,12 +178,12 @@ def _prepare(data_config):
         builder.download_and_prepare()
         return builder
     except Exception as error:  # TFDS lets through whatever its downloader or a data set's script raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         where = data_config.data_dir or "the default TFDS directory"
         raise errors.UserError(
             f"data.name ({data_config.name}) is not prepared in {where} and could not be downloaded "
-            f"({reason}): give --config.data.data_dir=DIR with prepared data, or --config.data.name=folder:PATH "
-            "with a folder per class, or run `make quickstart`, which needs no download"
+            f"({_first_line(error)}): give --config.data.data_dir=DIR with prepared data, or "
+            "--config.data.name=folder:PATH with a folder per class, or run `make quickstart`, which needs "
+            "no download"
         ) from error
 
 
@@ -201,8 +207,7 @@ def _features(builder) -> tuple[str, str]:
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     keys = builder.info.supervised_keys or ()
     chosen = [
-        next((n for n in names if n in keys), names[0] if len(names) == 1 else None)
-        for names in (images, labels)
+        next((n for n in names if n in keys), names[0] if len(names) == 1 else None) for names in (images, labels)
     ]
     if None in chosen:
         raise errors.UserError(
@@ -218,8 +223,8 @@ def _fits_in_memory(builder, split: str, info) -> None:
     if size > MEMORY_LIMIT:
         raise errors.UserError(
             f"split {split} of {builder.info.name} has {size / 1e9:.1f} GB in tfrecord files, which have "
-            f"no random access and must fit in {MEMORY_LIMIT / 1e9:g} GB of memory: convert them to array_record "
-            "with tools/prepare_data.py"
+            f"no random access and must fit in {MEMORY_LIMIT / 1e9:g} GB of memory: "
+            "convert them to array_record with tools/prepare_data.py"
         )
 
 
@@ -259,9 +264,7 @@ def _folders(path: Path) -> tuple[str, ...]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
-    )
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
 
 
 # --- digits -----------------------------------------------------------------------------------------------
@@ -333,9 +336,7 @@ def _unknown_split(split: str, known: Sequence[str]) -> errors.UserError:
 
 
 def _few(names: Sequence[str]) -> str:
-    return (
-        ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
-    )
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
 
 
 def _kind(name: str):

@@ -31,9 +31,7 @@ class InputRange(keras.layers.Layer):
         if self.mode == "caffe":
             x = x[..., ::-1]
         scale, shift = _RANGES[self.mode]
-        return tf.cast(
-            x * tf.constant(scale, tf.float32) - tf.constant(shift, tf.float32), self.compute_dtype
-        )
+        return tf.cast(x * tf.constant(scale, tf.float32) - tf.constant(shift, tf.float32), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "mode": self.mode}
@@ -51,9 +49,7 @@ def check(model_config: Any) -> None:
             "so this network needs trained weights"
         )
     if weights not in ("imagenet", "none") and not pathlib.Path(weights).is_file():
-        raise errors.UserError(
-            f"model.weights ({weights}) must be imagenet, none or an existing Keras weights file"
-        )
+        raise errors.UserError(f"model.weights ({weights}) must be imagenet, none or an existing Keras weights file")
 
 
 def backbone(
@@ -116,9 +112,7 @@ def _convolution(x: Any, width: int, stride: int, name: str, policy: Any, *, act
 
 def _with_head(image: Any, x: Any, num_classes: int, name: str) -> Any:
     x = keras.layers.GlobalAveragePooling2D(name="pool", dtype="float32")(x)
-    return keras.Model(
-        image, {"cls": keras.layers.Dense(num_classes, name="head", dtype="float32")(x)}, name=name
-    )
+    return keras.Model(image, {"cls": keras.layers.Dense(num_classes, name="head", dtype="float32")(x)}, name=name)
 
 
 def _construct(construct: Any, model_config: Any, weights: str, image_size: int, policy: Any) -> Any:
@@ -158,9 +152,7 @@ def _load_by_name(network: Any, path: str) -> None:
             network.load_weights(path, by_name=True)
     except (OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise errors.UserError(
-            f"model.weights ({path}) is no Keras HDF5 weights file for it: {reason}"
-        ) from error
+        raise errors.UserError(f"model.weights ({path}) is no Keras HDF5 weights file for it: {reason}") from error
     if missing:
         raise errors.UserError(
             f"model.weights ({path}) lacks {len(missing)} of the backbone's layers, the first is {missing[0]}"

@@ -66,9 +66,7 @@ def build(
     last = shape.depth - 1
     parts = Parts(
         normalize=vit.Normalize(mean, std, name="normalize", dtype=policy),
-        patch_embed=vit.PatchEmbed(
-            shape.dim, shape.patch, initializer=initializer(), name="patch_embed", dtype=policy
-        ),
+        patch_embed=vit.PatchEmbed(shape.dim, shape.patch, initializer=initializer(), name="patch_embed", dtype=policy),
         tokens=vit.PrefixTokens(shape.distilled, initializer=initializer(), name="tokens", dtype=policy),
         blocks=[
             vit.Block(
@@ -106,10 +104,7 @@ def connect(parts: Parts, name: str, *, image_size: int) -> tuple[Any, Any]:
     image = keras.Input([image_size, image_size, 3], name="image", dtype="float32")
     drop = keras.Input([2 * len(parts.blocks)], name="drop", dtype="float32")
     x = parts.tokens(parts.patch_embed(parts.normalize(image)))  # [B, N, D]
-    take = {
-        output: vit.TakeToken(i, name=f"take_{output}", dtype="float32")
-        for i, output in enumerate(parts.heads)
-    }
+    take = {output: vit.TakeToken(i, name=f"take_{output}", dtype="float32") for i, output in enumerate(parts.heads)}
 
     def finish(x: Any) -> dict[str, Any]:
         x = parts.norm(x)

@@ -71,9 +71,7 @@ def check(model_config: Any, image_size: int) -> None:
     for field, least in (("mean", None), ("std", 0.0)):
         value = tuple(model_config[field])
         if len(value) != 3 or (least is not None and min(value) <= least):
-            raise errors.UserError(
-                f"model.{field} ({value}) must be three numbers{', > 0' if least == 0 else ''}"
-            )
+            raise errors.UserError(f"model.{field} ({value}) must be three numbers{', > 0' if least == 0 else ''}")
 
 
 def build(
@@ -119,9 +117,7 @@ def build(
 
 def _check_patch(patch: int, name: str, image_size: int) -> None:
     if image_size <= 0 or image_size % patch:
-        raise errors.UserError(
-            f"data.image_size ({image_size}) must be a multiple of {name}'s patch ({patch})"
-        )
+        raise errors.UserError(f"data.image_size ({image_size}) must be a multiple of {name}'s patch ({patch})")
 
 
 def _family(
@@ -150,7 +146,7 @@ _DEIT = {
     **_family("small", 384, 12, 6, 16, 384),
     **_family("base", 768, 12, 12, 16, 224),
     **_family("base", 768, 12, 12, 16, 384),
-    # Ours, for the quickstart. So narrow, .02 leaves attention flat for long: 68 % of the held-out digits after
+    # Ours, for the quickstart. So narrow, .02 leaves attention flat: 68 % of held-out digits after
     # 20 epochs (patch 8, batch 32, peak lr 2e-3) where .1 has 96 %.
     **_family("micro", 64, 4, 2, 4, 32, stddev=0.1),
     **_family("micro", 64, 4, 2, 8, 32, stddev=0.1),

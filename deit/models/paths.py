@@ -54,7 +54,7 @@ def no_decay(path: str, variable: tf.Variable) -> bool:
 
 
 def assign(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray]) -> None:
-    """Assign tensors by name, all or none. Errors: UserError listing names missing, left over, of other form."""
+    """Assign tensors by name, all or none. UserError lists names missing, left over, of other form."""
     wanted = dict(named)
     problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
     problems += [f"left over {name}" for name in sorted(tensors.keys() - wanted.keys())]
@@ -89,8 +89,6 @@ def _initial(layer: Any, name: str, variable: tf.Variable, seed: int) -> tf.Tens
             raise TypeError(f"layer {layer.name}: no initializer is declared for its weight {name!r}")
         return value  # a constant depends on no draw
     config = initializer.get_config()
-    if (
-        "seed" in config
-    ):  # a seeded initializer of legacy Keras draws statelessly: the same seed, the same numbers
+    if "seed" in config:  # a seeded initializer of legacy Keras draws statelessly: the same seed, the same numbers
         initializer = type(initializer).from_config({**config, "seed": seed})
     return initializer(variable.shape, dtype=tf.float32)

@@ -111,9 +111,7 @@ class PrefixTokens(keras.layers.Layer):
         count, dim = int(shape[1]), int(shape[2])
         names = ["cls_token", "dist_token"] if self.distilled else ["cls_token"]
         self.tokens = [self.add_weight(name, [1, 1, dim], initializer=self.initializer) for name in names]
-        self.pos_embed = self.add_weight(
-            "pos_embed", [1, len(names) + count, dim], initializer=self.initializer
-        )
+        self.pos_embed = self.add_weight("pos_embed", [1, len(names) + count, dim], initializer=self.initializer)
         super().build(shape)
 
     @plain
@@ -134,9 +132,7 @@ class Attention(keras.layers.Layer):
     With `keep` > 0 only the first `keep` tokens ask, so [B, keep, D] comes back.
     """
 
-    def __init__(
-        self, dim: int, heads: int, *, keep: int = 0, stddev: float = INITIAL_STDDEV, **kwargs: Any
-    ) -> None:
+    def __init__(self, dim: int, heads: int, *, keep: int = 0, stddev: float = INITIAL_STDDEV, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.dim, self.heads, self.keep, self.stddev = dim, heads, keep, stddev
         self.qkv = _dense(3 * dim, "qkv", self.dtype_policy, stddev)

@@ -47,14 +47,12 @@ def check_classes(teacher: Teacher, classes: tuple[str, ...]) -> None:
     """Raise UserError unless teacher and data agree on names and order of classes, or count if unnamed."""
     if teacher.num_classes != len(classes):
         raise errors.UserError(
-            f"teacher.kind: {teacher.name} has {teacher.num_classes} classes, "
-            f"it must have the data's {len(classes)}"
+            f"teacher.kind: {teacher.name} has {teacher.num_classes} classes, it must have the data's {len(classes)}"
         )
     if teacher.classes is not None and teacher.classes != tuple(classes):
         i = next(i for i, pair in enumerate(zip(teacher.classes, classes)) if pair[0] != pair[1])
         raise errors.UserError(
-            f"teacher.kind: class {i} of {teacher.name} is {teacher.classes[i]!r}, "
-            f"it must be the data's {classes[i]!r}"
+            f"teacher.kind: class {i} of {teacher.name} is {teacher.classes[i]!r}, it must be the data's {classes[i]!r}"
         )
 
 

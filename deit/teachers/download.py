@@ -33,9 +33,7 @@ def cache() -> Path:
 def fetch(url: str) -> Path:
     """Return the file behind an http(s) URL, downloaded unless the cache has it. Errors: UserError."""
     name = PurePosixPath(urllib.parse.urlparse(url).path).name or "download"
-    path = (
-        cache() / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
-    )
+    path = cache() / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
     if path.is_file():
         return path
     logging.info("downloading %s to %s", url, path)
@@ -46,8 +44,7 @@ def fetch(url: str) -> Path:
         temporary.rename(path)
     except (OSError, ValueError) as error:  # URLError is an OSError; a malformed URL is a ValueError
         raise errors.UserError(
-            f"teacher.path ({url}) can't be downloaded: {error}; "
-            "fetch the file by other means and give its path"
+            f"teacher.path ({url}) can't be downloaded: {error}; fetch the file by other means and give its path"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ def measure(teacher: base.Teacher, batches: Iterable, classes: tuple[str, ...]) 
     Errors: UserError where a logit is not finite, or where no image counts.
     """
 
-    @tf.function
+    @tf.function(autograph=False)
     def label(images):
         logits = teacher.logits(tf.cast(images, tf.float32))
         return tf.argmax(logits, -1, output_type=tf.int32), tf.reduce_all(tf.math.is_finite(logits))

@@ -45,9 +45,7 @@ def locate(path: str, sha256: str) -> Path:
         file = download.fetch(path)
     elif Path(path).is_dir():
         if sha256:
-            raise errors.UserError(
-                "teacher.sha256 must be empty where teacher.path is a directory: it pins a zip"
-            )
+            raise errors.UserError("teacher.sha256 must be empty where teacher.path is a directory: it pins a zip")
         return _inside(Path(path), path)
     else:
         file = Path(path)
