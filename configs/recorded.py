@@ -12,5 +12,6 @@ def get_config(path: str) -> ConfigDict:
     """Return the configuration of a config.json, what was resolved from it left out."""
     recorded = configuration.from_json(Path(path).read_text(), base.get_config())
     with recorded.unlocked():
-        recorded.pop("resolved", None)
+        if "resolved" in recorded:
+            del recorded["resolved"]
     return recorded

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     c.model.variant, c.model.backbone, c.model.cut = "backbone", "MobileNet", "conv_pw_12_relu"
     c.model.drop_path = 0.0
     c.epochs, c.global_batch, c.micro_batch = 5.0, 64, 32
-    c.optim.peak_lr, c.optim.warmup_epochs = 1e-4, 0.5
+    c.optim.peak_lr, c.optim.warmup_epochs = 3e-4, 0.5
     c.checkpoint.every_updates = c.eval.every_updates = 52  # an epoch
     c.log.every_updates = 5
     return c.lock()

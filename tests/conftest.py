@@ -12,7 +12,7 @@ import tensorflow as tf
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
-# Here, once, since no device can be split after its first use: MirroredStrategy over two CPUs runs in-process.
+# Here, once, since no device can be split after its first use: MirroredStrategy on two CPUs runs in-process.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )

@@ -206,9 +206,9 @@ def test_unknown_tfds_split_is_refused_with_the_splits_that_exist(prepared, spli
         sources.open_source(config, split)
 
 
-def test_tfrecord_data_above_the_memory_limit_names_the_converter(prepared, monkeypatch):
+def test_tfrecord_data_above_the_memory_limit_names_the_command_that_prepares_it_otherwise(prepared, monkeypatch):
     monkeypatch.setattr(sources, "MEMORY_LIMIT", 100)
-    with pytest.raises(errors.UserError, match=r"tools/prepare_data\.py"):
+    with pytest.raises(errors.UserError, match=r"tiny_pictures.*file_format='array_record'.*download_and_prepare"):
         sources.open_source(data_config("tfds:tiny_pictures", data_dir=str(prepared["tfrecord"])), "train")
     assert (
         len(sources.open_source(data_config("tfds:tiny_pictures", data_dir=str(prepared["array_record"])), "train"))

@@ -224,7 +224,8 @@ def _fits_in_memory(builder, split: str, info) -> None:
         raise errors.UserError(
             f"split {split} of {builder.info.name} has {size / 1e9:.1f} GB in tfrecord files, which have "
             f"no random access and must fit in {MEMORY_LIMIT / 1e9:g} GB of memory: "
-            "convert them to array_record with tools/prepare_data.py"
+            'prepare them as array_record in another data_dir: python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{builder.info.name}', data_dir='DIR', file_format='array_record').download_and_prepare()\""
         )
 
 
