@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     c.global_batch = 256  # examples per optimizer update = replicas x micro_batch x accum_steps
     c.micro_batch = 16  # examples per forward/backward pass on one replica
     c.precision = "float32"  # float32 | tf32 | mixed_bfloat16 | mixed_float16
-    c.strategy = "auto"  # auto | one_device | mirrored | multi_worker
+    c.strategy = "auto"  # auto (the first GPU, else the CPU) | one_device | mirrored
     c.devices = 0  # with strategy=mirrored: how many devices (0 = every GPU; on a CPU, logical devices)
     c.max_skipped = 10  # updates in a row with non-finite gradients before the run stops with exit code 4
 

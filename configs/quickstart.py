@@ -37,8 +37,8 @@ def teacher(total_updates: int = 0) -> ConfigDict:
 def scratch() -> ConfigDict:
     """Return the small DeiT without a teacher."""
     c = on_digits(base.get_config())
-    c.model.variant, c.model.drop_path = "deit_micro_patch4_32", 0.0
-    c.epochs, c.global_batch, c.micro_batch = 15.0, 128, 64
+    c.model.variant, c.model.drop_path = "deit_micro_patch8_32", 0.0
+    c.epochs, c.global_batch, c.micro_batch = 40.0, 64, 64
     c.optim.peak_lr = 2e-3
     return _intervals(c)
 
@@ -46,7 +46,7 @@ def scratch() -> ConfigDict:
 def distilled() -> ConfigDict:
     """Return the same small DeiT, taught by the run in runs/quickstart/teacher."""
     c = scratch()
-    c.model.variant, c.distill.kind = "deit_micro_distilled_patch4_32", "hard"
+    c.model.variant, c.distill.kind = "deit_micro_distilled_patch8_32", "hard"
     c.teacher.kind, c.teacher.path, c.teacher.min_accuracy = "run", "runs/quickstart/teacher", 0.9
     return c
 
@@ -59,7 +59,7 @@ def whole() -> ConfigDict:
 
 
 def _intervals(c: ConfigDict) -> ConfigDict:
-    c.log.every_updates, c.eval.every_updates, c.checkpoint.every_updates = 10, 0, 50
+    c.log.every_updates, c.eval.every_updates, c.checkpoint.every_updates = 20, 0, 100
     return c
 
 

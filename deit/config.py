@@ -219,7 +219,7 @@ _RULES: dict[str, _Rule] = {
     "global_batch": _at_least(1),
     "micro_batch": _at_least(1),
     "precision": _one_of("float32", "tf32", "mixed_bfloat16", "mixed_float16"),
-    "strategy": _one_of("auto", "one_device", "mirrored", "multi_worker"),
+    "strategy": _one_of("auto", "one_device", "mirrored"),
     "devices": _at_least(0),
     "max_skipped": _at_least(1),
     "data.name": _DATA,

@@ -61,7 +61,6 @@ def measure(
     classes: tuple[str, ...],
     *,
     teacher_labels: np.ndarray | None = None,
-    progress: bool = False,
 ) -> Report:
     """Run `predict` over evaluation batches and count.
 
@@ -70,7 +69,7 @@ def measure(
     """
     started = time.perf_counter()
     answers, labels, weights = [], [], []
-    for batch in tqdm.tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not progress):
+    for batch in tqdm.tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
         answers.append({name: value.numpy() for name, value in predict(batch["image"]).items()})
         labels.append(batch["label"].numpy())
         weights.append(batch["weight"].numpy())
@@ -115,24 +114,21 @@ def student(
     predict: Predict | None = None,
     averages: Mapping[str, np.ndarray] | None = None,
     teacher_labels: np.ndarray | None = None,
-    progress: bool = False,
 ) -> Report:
     """Measure a student with its raw weights and, where `averages` (own path -> EMA) are given, with those.
 
     `predict`: `predictor(network)`, to trace it once for many evaluations.
     """
     predict = predict or predictor(network)
-    report = measure(predict, batches, classes, teacher_labels=teacher_labels, progress=progress)
+    report = measure(predict, batches, classes, teacher_labels=teacher_labels)
     if averages:
         with averaged(paths.variables(network.model), averages):
-            metrics = measure(predict, batches, classes, progress=progress).metrics
+            metrics = measure(predict, batches, classes).metrics
         report.metrics["eval/top1_ema"] = metrics["eval/top1"]
     return report
 
 
-def checkpointed(
-    path: str | Path, *, data_dir: str = "", teacher_path: str = "", progress: bool = False
-) -> tuple[int, Report]:
+def checkpointed(path: str | Path, *, data_dir: str = "", teacher_path: str = "") -> tuple[int, Report]:
     """Evaluate a run's newest checkpoint, or one checkpoint, on its own evaluation split; return (step, report).
 
     `data_dir` and `teacher_path` replace what the run recorded. A teacher that can't be built costs a warning and
@@ -157,7 +153,7 @@ def checkpointed(
     except errors.UserError as error:
         logging.warning("no teacher agreement: %s", error)
     averages = {name.removeprefix("ema/"): value for name, value in opened.tensors.items() if name.startswith("ema/")}
-    report = student(opened.network, batches, classes, averages=averages, teacher_labels=labels, progress=progress)
+    report = student(opened.network, batches, classes, averages=averages, teacher_labels=labels)
     report.metrics.update(gate)
     return opened.step, report
 

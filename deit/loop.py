@@ -15,7 +15,7 @@ from absl import logging
 
 import deit
 from configs import base
-from deit import checkpoint, errors, evaluate, pictures, plan, runtime, summaries, teachers, train_step
+from deit import checkpoint, errors, evaluate, pictures, plan, summaries, teachers, train_step
 from deit import config as configuration
 from deit.data import sources, stream
 from deit.models import factory
@@ -51,7 +51,7 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
         replicas=strategy.num_replicas_in_sync,
     )
     total = config.resolved.total_updates
-    claim_workdir(config, workdir)
+    check_workdir(config, workdir)
     newest = checkpoint.newest(workdir, set_aside=True)
     if newest is not None and checkpoint.manifest(newest)["step"] >= total:
         return finished(newest, workdir)
@@ -77,18 +77,21 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
     eval_batches = stream.evaluation(eval_source, config, batch=config.eval.batch)
 
     # --- The teacher is measured before it teaches --------------------------------------------------------
-    writer = summaries.Summaries(workdir, start_step=step if newest is not None else -1)
-    teacher_labels = None
+    teacher_labels, measured = None, {}
     if teacher is not None:
         logging.info("measuring the teacher on %s", config.data.eval_split)
         found = teacher_report.measure(teacher, eval_batches, config.resolved.classes)
-        teacher_labels = found.labels
+        teacher_labels, measured = found.labels, found.metrics
         logging.info("teacher %s", headline(found.metrics))
         teacher_report.gate(found, config.teacher.min_accuracy)
-        if newest is None:
-            writer.scalars(0, found.metrics)
+
+    # --- From here on the run exists: its directory is written ---------------------------------------------
+    writer = summaries.Summaries(workdir, start_step=step if newest is not None else -1)
     if newest is None:
+        write_config(config, workdir)
         writer.text(0, "config", f"```json\n{configuration.to_json(config)}\n```")
+        if measured:
+            writer.scalars(0, measured)
     else:
         logging.info("continuing %s after update %d of %d", workdir, step, total)
 
@@ -149,54 +152,52 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
     return Result(step, metrics)
 
 
-def claim_workdir(config, workdir: Path) -> None:
-    """Write config.json into a new workdir; in one that has it, refuse a configuration that changes the result."""
+def check_workdir(config, workdir: Path) -> None:
+    """Raise UserError where the workdir holds a run of a configuration with another result."""
     path = workdir / "config.json"
-    if path.exists():
-        recorded = configuration.from_json(path.read_text(), base.get_config())
-        changes = configuration.difference(recorded, config)
-        if changes:
-            raise errors.UserError(
-                f"{workdir} holds a run of another configuration ({'; '.join(changes[:8])}): "
-                "choose another --workdir= or put the fields back"
-            )
+    if not path.exists():
+        if (workdir / "checkpoints").exists():
+            raise errors.UserError(f"{workdir} has checkpoints but no config.json: choose another --workdir=")
         return
-    if (workdir / "checkpoints").exists():
-        raise errors.UserError(f"{workdir} has checkpoints but no config.json: choose another --workdir=")
-    workdir.mkdir(parents=True, exist_ok=True)
+    changes = configuration.difference(configuration.from_json(path.read_text(), base.get_config()), config)
+    if changes:
+        raise errors.UserError(
+            f"{workdir} holds a run of another configuration ({'; '.join(changes[:8])}): "
+            "choose another --workdir= or put the fields back"
+        )
+
+
+def write_config(config, workdir: Path) -> None:
+    """Write config.json, whole or not at all."""
     temporary = workdir / "config.json.tmp"
     temporary.write_text(configuration.to_json(config))
-    temporary.replace(path)
+    temporary.replace(workdir / "config.json")
 
 
 def batches_of(config, strategy, source, network, *, start_update: int):
-    """Return the distributed stream from `start_update` on: each worker reads its own slice of every batch.
+    """Return the distributed stream from `start_update` on; each replica gets its contiguous slice of every batch."""
+    replicas = config.resolved.replicas
 
-    A worker with several replicas reads one dataset whose elements are one replica's slice each, in replica
-    order: that is how `distribute_datasets_from_function` hands them out.
-    """
-    share = config.global_batch // config.resolved.replicas
-    index, workers = runtime.worker()
-    local = config.resolved.replicas // workers
-
-    def of_worker(_):
-        dataset = stream.training(
+    def dataset(_):
+        whole = stream.training(
             source,
             config,
             start_update=start_update,
-            slice_start=index * local * share,
-            slice_size=local * share,
+            slice_start=0,
+            slice_size=config.global_batch,
             drop_rates=network.drop_rates,
         )
-        if local == 1:
-            return dataset
-        return dataset.flat_map(
+        if replicas == 1:
+            return whole
+        # A process hands its elements to its replicas in turn: cut each batch into one element a replica.
+        share = config.global_batch // replicas
+        return whole.flat_map(
             lambda batch: tf.data.Dataset.from_tensor_slices(
-                {name: tf.reshape(value, [local, share, *value.shape[1:]]) for name, value in batch.items()}
+                {name: tf.reshape(value, [replicas, share, *value.shape[1:]]) for name, value in batch.items()}
             )
         )
 
-    return strategy.distribute_datasets_from_function(of_worker)
+    return strategy.distribute_datasets_from_function(dataset)
 
 
 def finished(newest: Path, workdir: Path) -> Result:

@@ -1,11 +1,8 @@
 """What knows about processes and devices: strategy, precision, determinism, exit codes.
 
 Promises: `prepare` is called once, before anything touches a device; the same command on the same machine and
-layout computes the same bits; `strategy=auto` is one device unless TF_CONFIG names several workers.
+layout computes the same bits; `strategy=auto` is one device, the first GPU or else the CPU, even where there are more.
 """
-
-import json
-import os
 
 import tensorflow as tf
 
@@ -26,43 +23,15 @@ def prepare(precision: str, *, logical_cpus: int = 1) -> None:
 
 
 def make_strategy(name: str, devices: int = 0) -> tf.distribute.Strategy:
-    """Return the strategy for `strategy` and `devices` of the configuration.
+    """Return the strategy for `strategy` and `devices` of the configuration; `auto` is one device.
 
-    Errors: UserError where the machine has fewer devices than asked for, or TF_CONFIG is missing.
+    Errors: UserError where the machine has fewer devices than asked for.
     """
-    if name == "auto":
-        name = "multi_worker" if _workers() > 1 else "one_device"
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     found = tf.config.list_logical_devices(kind)
-    if name == "one_device":
+    if name != "mirrored":
         return tf.distribute.OneDeviceStrategy(found[0].name)
-    if name == "mirrored":
-        wanted = devices or len(found)
-        if wanted > len(found):
-            raise errors.UserError(f"devices ({wanted}) must be at most the {len(found)} {kind} devices found")
-        return tf.distribute.MirroredStrategy([device.name for device in found[:wanted]])
-    if _workers() < 1:
-        raise errors.UserError("strategy ('multi_worker') needs the environment variable TF_CONFIG")
-    return tf.distribute.MultiWorkerMirroredStrategy()
-
-
-def is_chief() -> bool:
-    """Return whether this process writes the run's files: worker 0, or the only process."""
-    return _tf_config().get("task", {}).get("index", 0) == 0
-
-
-def worker() -> tuple[int, int]:
-    """Return (index of this process, number of processes)."""
-    return _tf_config().get("task", {}).get("index", 0), max(1, _workers())
-
-
-def _workers() -> int:
-    return len(_tf_config().get("cluster", {}).get("worker", []))
-
-
-def _tf_config() -> dict:
-    text = os.environ.get("TF_CONFIG", "")
-    try:
-        return json.loads(text) if text else {}
-    except ValueError:
-        raise errors.UserError(f"TF_CONFIG must be JSON, it is {text[:80]!r}") from None
+    wanted = devices or len(found)
+    if wanted > len(found):
+        raise errors.UserError(f"devices ({wanted}) must be at most the {len(found)} {kind} devices found")
+    return tf.distribute.MirroredStrategy([device.name for device in found[:wanted]])

@@ -86,7 +86,7 @@ def test_nothing_else_is_promised_in_a_shell_block():
 @pytest.mark.slow
 def test_the_quickstart_trains_a_good_teacher_and_reuses_what_is_there(tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    steps = [c for c in (ROOT / "Makefile").read_text().split("quickstart: ")[1].split("\n\n")[0].splitlines()[1:]]
+    steps = list((ROOT / "Makefile").read_text().split("quickstart: ")[1].split("\n\n")[0].splitlines()[1:])
     outputs = []
     for _ in range(2):
         text = ""

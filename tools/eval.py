@@ -32,7 +32,6 @@ def main(_) -> int:
         CKPT.value,
         data_dir=DATA_DIR.value or "",
         teacher_path=TEACHER.value or "",
-        progress=sys.stderr.isatty(),
     )
     print(evaluate.table(report.metrics))
     if JSON.value:

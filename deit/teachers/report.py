@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import tensorflow as tf
+import tqdm
 
 from deit import errors
 from deit.teachers import base
@@ -35,7 +36,7 @@ def measure(teacher: base.Teacher, batches: Iterable, classes: tuple[str, ...]) 
         return tf.argmax(logits, -1, output_type=tf.int32), tf.reduce_all(tf.math.is_finite(logits))
 
     answers, truths, weights = [], [], []
-    for batch in batches:
+    for batch in tqdm.tqdm(batches, desc="measuring the teacher", unit="batch", leave=False, disable=None):
         answer, finite = label(batch["image"])
         if not finite:  # the argmax of NaN would be class 0
             raise errors.UserError(f"teacher.kind: {teacher.name} gives logits that are not finite")
