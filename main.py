@@ -6,7 +6,7 @@ python main.py --config=configs/deit_tiny_flowers.py [--config.FIELD=VALUE ...] 
 
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from deit import cli
@@ -25,7 +25,7 @@ MODE = flags.DEFINE_enum(
     "train",
     ["train", "plan", "eval"],
     "train: train, or continue the run in the workdir. plan: resolve everything and print it. eval: evaluate the "
-    "newest checkpoint of the workdir.",
+    "newest checkpoint of the workdir with its own configuration; of --config only data.data_dir is taken.",
 )
 
 
@@ -35,34 +35,42 @@ def main(_) -> int:
     configuration.validate(config)
     workdir = run_directory.check_workdir(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
 
-    from deit import evaluate, plan, runtime  # TensorFlow is imported only now, and starts no device yet
+    from deit import evaluate, plan, runtime, teachers  # TensorFlow is imported only now, and starts no device yet
     from deit.models import factory
 
-    factory.check(config.model, config.data.image_size)
+    if MODE.value == "eval":
+        print(evaluate.table(evaluate.checkpointed(workdir, data_dir=config.data.data_dir)[1].metrics))
+        return runtime.DONE
+    for each in (config, config.teacher.train) if config.teacher.kind == "train" else (config,):
+        factory.check(each.model, each.data.image_size)
+        teachers.check(each)
     runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
     strategy = runtime.make_strategy(config.strategy, config.devices)
     if MODE.value == "plan":
         print(plan.offline(config, replicas=strategy.num_replicas_in_sync))
-        return runtime.DONE
-    if MODE.value == "eval":
-        _, report = evaluate.checkpointed(workdir, data_dir=config.data.data_dir)
-        print(evaluate.table(report.metrics))
         return runtime.DONE
     return train(config, workdir, strategy)
 
 
 def train(config, workdir: Path, strategy) -> int:
     """Train in a locked workdir: first the teacher where it is a configuration, then the student."""
-    from deit import loop, runtime
+    from deit import loop, plan, runtime
 
-    with run_directory.lock(workdir):
-        try:
+    replicas = strategy.num_replicas_in_sync
+    try:
+        with run_directory.lock(workdir):
+            student = loop.prepare(config, workdir, replicas=replicas)
             if config.teacher.kind == "train":
-                loop.train(config.teacher.train, workdir / "teacher", strategy=strategy)
-            loop.train(config, workdir, strategy=strategy)
-        except loop.Diverged as error:
-            cli.complain(str(error))
-            return runtime.DIVERGED
+                logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas))
+                with run_directory.lock(workdir / "teacher"):
+                    teacher = loop.prepare(config.teacher.train, workdir / "teacher", replicas=replicas)
+                    loop.check_same_classes(teacher, student)
+                    logging.info("the teacher first, into %s", teacher.workdir)
+                    loop.train(teacher, strategy=strategy)
+            loop.train(student, strategy=strategy)
+    except loop.Diverged as error:
+        cli.complain(str(error))
+        return runtime.DIVERGED
     return runtime.DONE
 
 

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     c.data.image_size = 224  # px, the side of the student's square input
     c.data.train_size = 3303  # examples; read only by --mode=plan where the data is absent
     c.data.eval_size = 367  # examples; as above
-    c.data.num_classes = 5  # as above; where the data is present it must agree
+    c.data.num_classes = 5  # as above
     c.data.max_bad_fraction = 0.01  # unreadable images tolerated, as a fraction of what was read; 0 to 1
     c.data.threads = 0  # threads that decode and augment; 0 = tf.data decides
 
@@ -69,8 +69,8 @@ def get_config() -> ConfigDict:
 
     c.distill = ConfigDict()
     c.distill.kind = "none"  # none | soft (paper eq. 2) | hard (paper eq. 3)
-    c.distill.alpha = 0.5  # weight of the distillation term, 0 to 1
-    c.distill.tau = 3.0  # temperature of soft distillation, > 0
+    c.distill.alpha = 0.5  # weight of the distillation term, 0 to 1; the paper: hard .5, soft .1 with tau 3
+    c.distill.tau = 3.0  # temperature of soft distillation, > 0; facebookresearch/deit's default: 1
     c.distill.form = "kl"  # soft only: kl (tau^2 KL) | ce (cross-entropy with softmax(Zt / tau), no tau^2)
     c.distill.reduction = "batch"  # batch (mean over examples) | batch_classes (facebookresearch/deit: B * C)
     c.distill.weighting = "convex"  # convex ((1 - alpha), alpha) | sum (1, alpha): timm's is sum with alpha 1

@@ -10,7 +10,7 @@ from deit import config as configuration
 
 def get_config(path: str) -> ConfigDict:
     """Return the configuration of a config.json, what was resolved from it left out."""
-    recorded = configuration.from_json(Path(path).read_text(), base.get_config())
+    recorded = configuration.read(Path(path), base.get_config())
     with recorded.unlocked():
         if "resolved" in recorded:
             del recorded["resolved"]

@@ -1,4 +1,4 @@
-"""Checkpoint files: commit by rename, verify, newest valid, lock. Knows no TensorFlow and no other room.
+"""Checkpoint files: commit by rename, verify, newest valid. Knows no TensorFlow and no other room.
 
 Promises:
 - A checkpoint is committed by one rename of a directory whose files were fsynced: whatever kill or power loss
@@ -15,6 +15,7 @@ Promises:
     checkpoints/corrupt-…   a damaged checkpoint set aside, kept for whoever wants to look
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -23,7 +24,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ from absl import logging
 
 from deit import errors
 from deit import workdir as run_directory
-from deit.workdir import check_workdir, lock  # noqa: F401  part of this room
 
 TENSORS, CONFIG, MANIFEST = "tensors.safetensors", "config.json", "manifest.json"
 BEST = "eval/top1"  # the metric whose highest value keeps a checkpoint
@@ -60,10 +60,8 @@ class Saver:
     def __init__(self, workdir: str | Path, *, config_json: str, keep: int, versions: Mapping[str, str]):
         """Prepare `workdir`/checkpoints and sweep what a killed process left half done there.
 
-        `keep`: how many of the newest stay (>= 1); the best by `eval/top1` stays besides.
+        `keep`: how many of the newest stay, 1 or more; the best by `eval/top1` stays besides.
         """
-        if keep < 1:
-            raise errors.UserError(f"checkpoint.keep ({keep}) must be at least 1")
         self._directory = Path(workdir) / "checkpoints"
         self._config_json, self._keep, self._versions = config_json, keep, dict(versions)
         self._thread: threading.Thread | None = None
@@ -164,12 +162,15 @@ def newest(workdir: str | Path, *, set_aside: bool) -> Path | None:
     """Return the newest checkpoint of a run that verifies, None where there never was one.
 
     Each damaged one that is newer costs an error line in the log and, with `set_aside` (the caller holds the
-    lock), is renamed to corrupt-<step>. Errors: UserError where there are checkpoints and none verifies; then
-    nothing is renamed, so that the next start doesn't find an empty directory and begin from scratch.
+    lock), is renamed to corrupt-<step>. Errors: UserError where there are checkpoints and none verifies, or the
+    directory can't be read; then nothing is renamed, so that the next start doesn't find an empty directory and
+    begin from scratch.
     """
     directory = Path(workdir) / "checkpoints"
     damaged: dict[Path, str] = {}
-    for path in _scan(directory):
+    with _readable(directory):
+        found = _scan(directory)
+    for path in found:
         reason = verify(path)
         if reason is None:
             for bad, why in damaged.items():
@@ -179,7 +180,7 @@ def newest(workdir: str | Path, *, set_aside: bool) -> Path | None:
                     logging.error("checkpoint %s is damaged (%s): it is passed over", bad, why)
             return path
         damaged[path] = reason
-    if any(not path.exists() for path in damaged):
+    if any(not os.path.lexists(path) for path in damaged):
         return newest(workdir, set_aside=set_aside)  # a training run removed it meanwhile: look again
     damaged.update(dict.fromkeys(sorted(directory.glob("corrupt-*"), reverse=True), "set aside earlier"))
     if damaged:
@@ -191,9 +192,9 @@ def newest(workdir: str | Path, *, set_aside: bool) -> Path | None:
 def verify(path: str | Path) -> str | None:
     """Return why a checkpoint can't be trusted, None if every size and sha256 is as its manifest says."""
     path = Path(path)
-    if not path.is_dir():
-        return "no such directory"
     try:
+        if not path.is_dir():
+            return "no such directory"
         content = _load_manifest(path)
         if _STEP.fullmatch(path.name) and path.name != _name(content["step"]):
             return f"{MANIFEST} is of step {content['step']}"
@@ -218,14 +219,15 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     content = manifest(path)
     try:
         return safetensors.numpy.load_file(Path(path) / TENSORS), content
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:  # the file was whole a moment ago
         raise errors.UserError(f"checkpoint {path} can't be read: {error}") from error
 
 
 def read_config(path: str | Path) -> str:
     """Return the text of a checkpoint's config.json, verified first. Errors: UserError."""
     manifest(path)
-    return (Path(path) / CONFIG).read_text(encoding="utf-8")
+    with _readable(path):
+        return (Path(path) / CONFIG).read_text(encoding="utf-8")
 
 
 def manifest(path: str | Path) -> dict:
@@ -233,25 +235,39 @@ def manifest(path: str | Path) -> dict:
     reason = verify(path)
     if reason is not None:
         raise errors.UserError(f"checkpoint {path} is damaged: {reason}")
-    return _load_manifest(Path(path))
+    with _readable(path):
+        return _load_manifest(Path(path))
 
 
 def locate(path: str | Path) -> Path:
     """Return the checkpoint `path` means: a run (its newest), a `checkpoints` directory, or one checkpoint.
 
-    Errors: UserError where it is none of these, where the run has no checkpoint yet, or where it is damaged.
+    Errors: UserError where it is none of these, where the run has no checkpoint yet, or where it is damaged or
+    can't be read.
     """
-    path = check_workdir(path)
-    if (path / MANIFEST).is_file() or _STEP.fullmatch(path.name):
+    path = run_directory.check_workdir(path)
+    workdir = path.parent if path.name == "checkpoints" else path
+    with _readable(path):
+        one = _STEP.fullmatch(path.name) or (path / MANIFEST).is_file()
+        run = path.is_dir() and ((workdir / "checkpoints").is_dir() or (workdir / CONFIG).is_file())
+    if one:
         manifest(path)
         return path
-    workdir = path.parent if path.name == "checkpoints" else path
-    if not path.is_dir() or not ((workdir / "checkpoints").is_dir() or (workdir / CONFIG).is_file()):
+    if not run:
         raise errors.UserError(f"{path} is no run, checkpoint or export: no {MANIFEST} or checkpoints/ in it")
     found = newest(workdir, set_aside=False)
     if found is None:
         raise errors.UserError(f"{path} has no checkpoint yet")
     return found
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turn an OSError of the block into the one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.UserError(f"{error.filename or path} can't be read: {error.strerror or error}") from error
 
 
 class _BadManifest(ValueError):
@@ -271,8 +287,12 @@ def _manifest_sha256(content: Mapping) -> str:
 
 
 def _scan(directory: Path) -> list[Path]:
-    """Return the committed checkpoints, newest first."""
-    found = [(int(match[1]), path) for path in directory.glob("step-*") if (match := _STEP.fullmatch(path.name))]
+    """Return the committed checkpoints, newest first. Errors: OSError for a directory that can't be listed."""
+    try:
+        listed = os.listdir(directory)  # Path.glob finds nothing where it may not look: a start from scratch
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [(int(match[1]), directory / name) for name in listed if (match := _STEP.fullmatch(name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -288,7 +308,10 @@ def _set_aside(path: Path, reason: str) -> None:
     target, n = path.with_name(f"corrupt-{step}"), 1
     while target.exists():
         target, n = path.with_name(f"corrupt-{step}-{n}"), n + 1
-    os.rename(path, target)
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        raise errors.UserError(f"damaged checkpoint {path} can't be set aside: {error.strerror}") from error
     logging.error("checkpoint %s IS DAMAGED (%s): set aside as %s", path, reason, target.name)
 
 

@@ -43,6 +43,10 @@ def run(main: Callable[[list[str]], int], *, config_flag: str = "", default_conf
             return main(argv)
         except errors.UserError as error:
             _leave(str(error))
+        except OSError as error:
+            if not error.filename:
+                raise
+            _leave(f"{error.filename}: {error.strerror}")
         except KeyboardInterrupt:
             _leave("interrupted; the same command continues from the newest checkpoint", code=130)
 
@@ -84,10 +88,12 @@ def _explain(error: Exception, argv: Sequence[str], flag: str) -> str:
     """Return one line for what went wrong while the flags were read."""
     prefix = f"--{flag}."
     known = [name for name, _ in configuration.flatten(base.get_config())]
-    for word in argv if isinstance(error, AttributeError) and flag else ():
+    for word in argv if isinstance(error, (AttributeError, KeyError)) and flag else ():
         name = word.partition("=")[0].removeprefix(prefix)
         if word.startswith(prefix) and name.removeprefix("teacher.train.") not in known:
-            return configuration.unknown_field(name, known)
+            return configuration.unknown_field(name, [*known, *(f"teacher.train.{field}" for field in known)])
+        if name.startswith("teacher.train."):
+            return f"{name}: this configuration has no teacher.train; a preset with teacher.kind=train has"
     return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -23,8 +24,9 @@ def validate(config: ConfigDict, prefix: str = "") -> None:
     """
     values = dict(flatten(config))
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise errors.UserError(f"{prefix}{name} ({value}) must be finite")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise errors.UserError(f"{prefix}{name} ({value}) must be finite")
         if name in _RULES:
             legal, rule = _RULES[name]
             if not legal(value):
@@ -37,7 +39,9 @@ def validate(config: ConfigDict, prefix: str = "") -> None:
         validate(config.teacher.train, f"{prefix}teacher.train.")
 
 
-def resolve(config: ConfigDict, *, train_size: int, eval_size: int, classes: Sequence[str], replicas: int):
+def resolve(
+    config: ConfigDict, *, train_size: int, eval_size: int, classes: Sequence[str], replicas: int
+) -> FrozenConfigDict:
     """Return the frozen configuration with `resolved`: every duration in updates, lr scaled, batch split.
 
     Errors: UserError where global_batch is not replicas x micro_batch x a whole number of accum_steps.
@@ -109,15 +113,24 @@ def from_json(text: str, template: ConfigDict) -> ConfigDict:
     """
     try:
         data = json.loads(text)
-        assert isinstance(data, dict)
-    except (ValueError, AssertionError) as error:
-        raise errors.UserError(f"config.json is damaged: {error or 'no JSON object'}") from None
-    config = _fill(ConfigDict(plain(template), convert_dict=True), data, template)
-    if "resolved" in data:
-        resolved = dict(data["resolved"])
-        resolved["classes"] = tuple(resolved["classes"])
-        config.resolved = ConfigDict(resolved)
+        if not isinstance(data, dict):
+            raise TypeError("it holds no JSON object")
+        config = _fill(ConfigDict(plain(template), convert_dict=True), data, template)
+        if "resolved" in data:
+            config.resolved = ConfigDict({**data["resolved"], "classes": tuple(data["resolved"]["classes"])})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise errors.UserError(f"config.json is damaged: {error}") from None
     return config.lock()
+
+
+def read(path: Path, template: ConfigDict) -> ConfigDict:
+    """Return `from_json` of a file. Errors: UserError with the path where it can't be read or is damaged."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"), template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.UserError(f"{path} can't be read: {error}") from None
+    except errors.UserError as error:
+        raise errors.UserError(f"{path}: {error}") from None
 
 
 def _fill(config: ConfigDict, data: dict, template: ConfigDict, prefix: str = "") -> ConfigDict:
@@ -147,7 +160,7 @@ def difference(old: Any, new: Any) -> list[str]:
     before, after = _leaves(old), _leaves(new)
     lines = []
     for name in sorted(before.keys() | after.keys()):
-        if not name.startswith(_FREE) and before.get(name) != after.get(name):
+        if not name.removeprefix("teacher.train.").startswith(_FREE) and before.get(name) != after.get(name):
             lines.append(f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}")
     return lines
 
@@ -170,6 +183,7 @@ _FREE = (
     "data.eval_size",
     "data.num_classes",
     "teacher.batch",
+    "teacher.min_accuracy",
     "checkpoint.",
     "eval.every_updates",
     "eval.batch",
@@ -201,12 +215,16 @@ def _at_least(bound: float) -> _Rule:
     return (lambda value: value >= bound), f"at least {bound}"
 
 
+def _numbers(value: tuple, count: int) -> bool:
+    return len(value) == count and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+
+
 _POSITIVE: _Rule = (lambda value: value > 0), "greater than 0"
 _FRACTION: _Rule = (lambda value: 0 <= value <= 1), "between 0 and 1"
 _BELOW_ONE: _Rule = (lambda value: 0 <= value < 1), "at least 0 and below 1"
 _SEED: _Rule = (lambda value: 0 <= value < 2**31), "between 0 and 2147483647"
-_THREE: _Rule = (lambda value: len(value) == 3), "three numbers, one a channel"
-_THREE_POSITIVE: _Rule = (lambda value: len(value) == 3 and min(value) > 0), "three numbers greater than 0"
+_THREE: _Rule = (lambda value: _numbers(value, 3)), "three numbers, one a channel"
+_THREE_POSITIVE: _Rule = (lambda value: _numbers(value, 3) and min(value) > 0), "three numbers greater than 0"
 _DATA: _Rule = (
     (lambda value: value == "digits" or (value.startswith(("tfds:", "folder:")) and len(value.split(":", 1)[1]) > 0)),
     "tfds:NAME, folder:PATH or digits",
@@ -232,10 +250,10 @@ _RULES: dict[str, _Rule] = {
     "augment.crop": _one_of("resize_crop", "random_resized"),
     "augment.resize_margin": _at_least(0),
     "augment.scale": (
-        (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1),
+        (lambda v: _numbers(v, 2) and 0 < v[0] <= v[1] <= 1),
         "two fractions of the area, 0 < low <= high <= 1",
     ),
-    "augment.ratio": ((lambda v: len(v) == 2 and 0 < v[0] <= v[1]), "two ratios, 0 < low <= high"),
+    "augment.ratio": ((lambda v: _numbers(v, 2) and 0 < v[0] <= v[1]), "two ratios, 0 < low <= high"),
     "augment.flip": _FRACTION,
     "model.seed": _SEED,
     "model.drop_path": _BELOW_ONE,
@@ -275,8 +293,12 @@ _RULES: dict[str, _Rule] = {
 
 
 def _batch_divides(config) -> str | None:
-    if config.global_batch % config.micro_batch:
-        return f"global_batch ({config.global_batch}) must be divisible by micro_batch ({config.micro_batch})"
+    replicas = max(1, config.devices) if config.strategy == "mirrored" else 1  # 0 devices: known once they are counted
+    if config.global_batch % (replicas * config.micro_batch):
+        return (
+            f"global_batch ({config.global_batch}) must be divisible by replicas * micro_batch "
+            f"({replicas} * {config.micro_batch})"
+        )
     return None
 
 
@@ -290,6 +312,8 @@ def _teacher_fits(config) -> str | None:
         return "teacher.train must hold a configuration where teacher.kind is 'train'"
     if teacher == "train" and config.teacher.train.teacher.kind == "train":
         return "teacher.train.teacher.kind ('train') must be another kind: one teacher is trained before a student"
+    if teacher == "train" and config.teacher.train.strategy not in ("auto", config.strategy):
+        return f"teacher.train.strategy ({config.teacher.train.strategy!r}) must be 'auto' or the student's"
     return None
 
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 import tqdm
 from absl import logging
 
-from deit import errors, saved, teachers
+from deit import errors, runtime, saved, teachers
 from deit.data import sources, stream
 from deit.models import factory, paths
 from deit.teachers import report as teacher_report
@@ -67,13 +67,12 @@ def measure(
     `teacher_labels`: int [number of batches * B], the teacher's answers in the same order; adds
     `eval/teacher_agreement`, the fraction of images on which the fused student says what the teacher says.
     """
-    started = time.perf_counter()
-    answers, labels, weights = [], [], []
+    answers, labels, weights, times = [], [], [], [time.perf_counter()]
     for batch in tqdm.tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
         answers.append({name: value.numpy() for name, value in predict(batch["image"]).items()})
         labels.append(batch["label"].numpy())
         weights.append(batch["weight"].numpy())
-    seconds = time.perf_counter() - started
+        times.append(time.perf_counter())
     kept = np.concatenate(weights) > 0
     label = np.concatenate(labels)[kept]
     answer = {name: np.concatenate([part[name] for part in answers])[kept] for name in answers[0]}
@@ -84,12 +83,13 @@ def measure(
         metrics["eval/teacher_agreement"] = float((answer["top1"] == teacher_labels[: len(kept)][kept]).sum() / count)
     confusion = np.zeros([len(classes)] * 2, np.int64)
     np.add.at(confusion, (label, answer["top1"]), 1)
-    for row, name in zip(confusion, classes):
-        index = classes.index(name)
+    for index, (row, name) in enumerate(zip(confusion, classes)):
         if row.sum():
             metrics[f"eval/recall/{name}"] = float(row[index] / row.sum())
     metrics["eval/images"] = float(len(label))
-    metrics["eval/images_per_sec"] = len(label) / seconds
+    first = 1 if len(weights) > 1 else 0  # the first batch may trace and fill the pipeline
+    timed = sum(int((part > 0).sum()) for part in weights[first:])
+    metrics["eval/images_per_sec"] = timed / (times[-1] - times[first])
     return Report(metrics, confusion)
 
 
@@ -134,11 +134,14 @@ def checkpointed(path: str | Path, *, data_dir: str = "", teacher_path: str = ""
     `data_dir` and `teacher_path` replace what the run recorded. A teacher that can't be built costs a warning and
     `eval/teacher_agreement`, nothing else. Errors: UserError for a path that is no checkpoint, or absent data.
     """
+    runtime.prepare(saved.config_of(path).precision)
     opened = saved.open_network(path)
     config = opened.config
     with config.unlocked():
         config.data.data_dir = data_dir or config.data.data_dir
-        config.teacher.path = teacher_path or config.teacher.path
+        if teacher_path:
+            config.teacher.path = teacher_path
+            config.teacher.kind = "run" if config.teacher.kind == "train" else config.teacher.kind
     source = sources.open_source(config.data, config.data.eval_split)
     classes = tuple(config.resolved.classes)
     if tuple(source.classes) != classes:

@@ -5,18 +5,22 @@ never stopped; a finished run is printed, not repeated; a workdir of another con
 the last update is always logged, evaluated and checkpointed, whatever the intervals.
 """
 
+import contextlib
 import dataclasses
 import platform
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from ml_collections import FrozenConfigDict
 
 import deit
 from configs import base
 from deit import checkpoint, errors, evaluate, pictures, plan, summaries, teachers, train_step
 from deit import config as configuration
+from deit import workdir as run_directory
 from deit.data import sources, stream
 from deit.models import factory
 from deit.teachers import report as teacher_report
@@ -34,24 +38,48 @@ class Result:
     metrics: dict[str, float]
 
 
-def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
-    """Train `config` in `workdir`, or continue there, and return the result. `config` is validated.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that can start: everything that can be refused without a network has been checked.
 
-    Errors: UserError for what a user can put right; Diverged. On every error the newest checkpoint stays.
+    Attributes:
+      config: resolved and frozen.
+      workdir: where the run lives.
+      train_source, eval_source: the two splits, opened.
     """
-    # --- What is there: data, the resolved plan, the run so far -------------------------------------------
+
+    config: FrozenConfigDict
+    workdir: Path
+    train_source: sources.Source
+    eval_source: sources.Source
+
+
+def prepare(config, workdir: Path, *, replicas: int) -> Job:
+    """Open the data, resolve a validated configuration and look at the workdir; write nothing.
+
+    Errors: UserError for absent data, a batch that does not divide, a workdir of another configuration.
+    """
     train_source = sources.open_source(config.data, config.data.train_split)
     eval_source = sources.open_source(config.data, config.data.eval_split)
     sources.check_classes(train_source, eval_source)
-    config = configuration.resolve(
+    resolved = configuration.resolve(
         config,
         train_size=len(train_source),
         eval_size=len(eval_source),
         classes=train_source.classes,
-        replicas=strategy.num_replicas_in_sync,
+        replicas=replicas,
     )
+    check_workdir(resolved, workdir)
+    return Job(resolved, workdir, train_source, eval_source)
+
+
+def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
+    """Train a job in its workdir, or continue there, and return the result. The caller holds the workdir's lock.
+
+    Errors: UserError for what a user can put right; Diverged. On every error the newest checkpoint stays.
+    """
+    config, workdir = job.config, job.workdir
     total = config.resolved.total_updates
-    check_workdir(config, workdir)
     newest = checkpoint.newest(workdir, set_aside=True)
     if newest is not None and checkpoint.manifest(newest)["step"] >= total:
         return finished(newest, workdir)
@@ -73,8 +101,8 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
     logging.info("plan of %s\n%s", workdir, plan.describe(config, network=network, teacher=taught_by))
 
     # --- Data, from this update on ------------------------------------------------------------------------
-    iterator = iter(batches_of(config, strategy, train_source, network, start_update=step))
-    eval_batches = stream.evaluation(eval_source, config, batch=config.eval.batch)
+    iterator = iter(batches_of(config, strategy, job.train_source, network, start_update=step))
+    eval_batches = stream.evaluation(job.eval_source, config, batch=config.eval.batch)
 
     # --- The teacher is measured before it teaches --------------------------------------------------------
     teacher_labels, measured = None, {}
@@ -86,9 +114,10 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
         teacher_report.gate(found, config.teacher.min_accuracy)
 
     # --- From here on the run exists: its directory is written ---------------------------------------------
-    writer = summaries.Summaries(workdir, start_step=step if newest is not None else -1)
     if newest is None:
         write_config(config, workdir)
+    writer = summaries.Summaries(workdir, start_step=step if newest is not None else -1)
+    if newest is None:
         writer.text(0, "config", f"```json\n{configuration.to_json(config)}\n```")
         if measured:
             writer.scalars(0, measured)
@@ -98,57 +127,60 @@ def train(config, workdir: Path, *, strategy: tf.distribute.Strategy) -> Result:
     # --- The loop -------------------------------------------------------------------------------------------
     update = train_step.make(config, strategy, state, teacher)
     predict = evaluate.predictor(network)
+    written_by = versions(teacher)
+    if newest is not None:
+        check_teacher(checkpoint.manifest(newest)["versions"], written_by, workdir)
     saver = checkpoint.Saver(
-        workdir, config_json=configuration.to_json(config), keep=config.checkpoint.keep, versions=versions()
+        workdir, config_json=configuration.to_json(config), keep=config.checkpoint.keep, versions=written_by
     )
     learning_rate = state.optimizer.learning_rate_at
     progress = summaries.Progress(
         start=step, total=total, batch=config.global_batch, log_every=config.log.every_updates
     )
-    while step < total:
-        batch = next(iterator)
-        if step == 0:
-            writer.image(0, "train/first_batch", first_batch(batch, strategy, config.resolved.classes))
-        rate = float(learning_rate(step))
-        vector = update(batch).numpy()  # the one read of the device an update
-        step += 1
-        guard(config, vector, step)
-        due = due_at(step, total)
+    with contextlib.ExitStack() as at_exit:
+        for close in (progress.close, writer.close, saver.join):  # called in reverse: the save under way comes first
+            at_exit.callback(close)
+        while step < total:
+            batch = next(iterator)
+            if step == 0:
+                writer.image(0, "train/first_batch", first_batch(batch, strategy, config.resolved.classes))
+            rate = float(learning_rate(step))
+            vector = update(batch).numpy()  # the one read of the device an update
+            step += 1
+            guard(config, vector, step)
+            due = due_at(step, total)
 
-        line: dict[str, float] = {}
-        if due(config.log.every_updates):
-            line = train_metrics(config, vector, rate, state)
-            check_readable(config, line["data/bad_images"], step)
-            line["perf/images_per_sec"] = progress.rate(step)
-        progress.show(step, line)
+            line: dict[str, float] = {}
+            if due(config.log.every_updates):
+                line = train_metrics(config, vector, rate, state)
+                check_readable(config, line["data/bad_images"], step)
+                line["perf/images_per_sec"] = progress.rate(step)
+            progress.show(step, line)
 
-        metrics = {}
-        if due(config.eval.every_updates):
-            progress.pause()
-            logging.info("evaluating after update %d on %s", step, config.data.eval_split)
-            report = evaluate.student(
-                network,
-                eval_batches,
-                config.resolved.classes,
-                predict=predict,
-                averages={path: variable.numpy() for path, variable in state.ema},
-                teacher_labels=teacher_labels,
-            )
-            metrics = report.metrics
-            line.update(metrics)
-            logging.info("update %d/%d  %s", step, total, headline(metrics))
-            matrix = pictures.confusion_matrix(report.confusion, config.resolved.classes)
-            writer.image(step, "eval/confusion", matrix)
-            progress.resume()
-        if line:
-            writer.scalars(step, line)
+            metrics = {}
+            if due(config.eval.every_updates):
+                progress.pause()
+                logging.info("evaluating after update %d on %s", step, config.data.eval_split)
+                report = evaluate.student(
+                    network,
+                    eval_batches,
+                    config.resolved.classes,
+                    predict=predict,
+                    averages={path: variable.numpy() for path, variable in state.ema},
+                    teacher_labels=teacher_labels,
+                )
+                metrics = report.metrics
+                line.update(metrics)
+                logging.info("update %d/%d  %s", step, total, headline(metrics))
+                matrix = pictures.confusion_matrix(report.confusion, config.resolved.classes)
+                writer.image(step, "eval/confusion", matrix)
+                progress.resume()
+            if line:
+                writer.scalars(step, line)
 
-        if due(config.checkpoint.every_updates):
-            writer.flush()  # before the manifest: no checkpoint is ahead of its log
-            saver.save(step, train_step.snapshot(state), metrics=metrics)
-    saver.join()
-    progress.close()
-    writer.close()
+            if due(config.checkpoint.every_updates):
+                writer.flush()  # before the manifest: no checkpoint is ahead of its log
+                saver.save(step, train_step.snapshot(state), metrics=metrics)
     return Result(step, metrics)
 
 
@@ -156,10 +188,11 @@ def check_workdir(config, workdir: Path) -> None:
     """Raise UserError where the workdir holds a run of a configuration with another result."""
     path = workdir / "config.json"
     if not path.exists():
-        if (workdir / "checkpoints").exists():
-            raise errors.UserError(f"{workdir} has checkpoints but no config.json: choose another --workdir=")
+        for name in ("checkpoints", summaries.METRICS):  # config.json is written before either
+            if (workdir / name).exists():
+                raise errors.UserError(f"{workdir} has {name} but no config.json: choose another --workdir=")
         return
-    changes = configuration.difference(configuration.from_json(path.read_text(), base.get_config()), config)
+    changes = configuration.difference(configuration.read(path, base.get_config()), config)
     if changes:
         raise errors.UserError(
             f"{workdir} holds a run of another configuration ({'; '.join(changes[:8])}): "
@@ -167,14 +200,35 @@ def check_workdir(config, workdir: Path) -> None:
         )
 
 
+def check_same_classes(teacher: Job, student: Job) -> None:
+    """Raise UserError where a teacher would be trained on other classes than its student's."""
+    ours, theirs = student.config.resolved.classes, teacher.config.resolved.classes
+    if ours != theirs:
+        raise errors.UserError(
+            f"teacher.train.data.name ({teacher.config.data.name}) must have the classes of data.name "
+            f"({student.config.data.name}): {', '.join(theirs[:6])} are not {', '.join(ours[:6])}"
+        )
+
+
 def write_config(config, workdir: Path) -> None:
     """Write config.json, whole or not at all."""
     temporary = workdir / "config.json.tmp"
-    temporary.write_text(configuration.to_json(config))
+    temporary.write_text(configuration.to_json(config), encoding="utf-8")
+    run_directory.sync(temporary)
     temporary.replace(workdir / "config.json")
+    run_directory.sync_directory(workdir)
 
 
-def batches_of(config, strategy, source, network, *, start_update: int):
+def check_teacher(before: dict[str, str], now: dict[str, str], workdir: Path) -> None:
+    """Raise UserError where the run to be continued was taught by another teacher than the one that is there now."""
+    if before.get("teacher", "") != now["teacher"]:
+        raise errors.UserError(
+            f"the teacher of {workdir} has changed since its last checkpoint ({before.get('teacher', '')[:80]} -> "
+            f"{now['teacher'][:80]}): put it back or choose another --workdir="
+        )
+
+
+def batches_of(config, strategy, source, network, *, start_update: int) -> Iterable[dict]:
     """Return the distributed stream from `start_update` on; each replica gets its contiguous slice of every batch."""
     replicas = config.resolved.replicas
 
@@ -207,7 +261,7 @@ def finished(newest: Path, workdir: Path) -> Result:
     return Result(manifest["step"], manifest["metrics"])
 
 
-def due_at(step: int, total: int):
+def due_at(step: int, total: int) -> Callable[[int], bool]:
     """Return `due(every)`: whether something done every so many updates (0 = only at the end) is due now."""
     return lambda every: step == total or (every > 0 and step % every == 0)
 
@@ -235,7 +289,9 @@ def guard(config, vector: np.ndarray, step: int) -> None:
     why = "every image was unreadable" if named["data/weight"] == 0 else "non-finite gradients"
     logging.warning("update %d skipped: %s (positions %d to %d)", step, why, first, first + config.global_batch - 1)
     if named["skipped_in_row"] >= config.max_skipped:
-        raise Diverged(f"update {step}: {config.max_skipped} updates in a row had non-finite gradients (max_skipped)")
+        raise Diverged(
+            f"update {step}: {config.max_skipped} updates in a row were skipped (max_skipped), the last: {why}"
+        )
 
 
 def check_readable(config, bad_images: float, step: int) -> None:
@@ -243,8 +299,8 @@ def check_readable(config, bad_images: float, step: int) -> None:
     read = max(step * config.global_batch, config.resolved.train_size)
     if bad_images > config.data.max_bad_fraction * read:
         raise errors.UserError(
-            f"data.max_bad_fraction ({config.data.max_bad_fraction}): {bad_images:.0f} unreadable images after "
-            f"update {step}"
+            f"data.max_bad_fraction ({config.data.max_bad_fraction}) allows {config.data.max_bad_fraction * read:.0f} "
+            f"unreadable images by update {step}, there were {bad_images:.0f}"
         )
 
 
@@ -261,6 +317,11 @@ def headline(metrics: dict[str, float]) -> str:
     )
 
 
-def versions() -> dict[str, str]:
-    """Return what a checkpoint's manifest says about the software that wrote it."""
-    return {"deit": deit.__version__, "tensorflow": tf.__version__, "python": platform.python_version()}
+def versions(teacher) -> dict[str, str]:
+    """Return what a checkpoint's manifest says about the software that wrote it and the teacher that taught it."""
+    return {
+        "deit": deit.__version__,
+        "tensorflow": tf.__version__,
+        "python": platform.python_version(),
+        "teacher": teacher.identity if teacher is not None else "",
+    }

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from deit import errors
 
-DONE, ERROR, DIVERGED = 0, 1, 4  # exit codes; docs/reliability.md
+DONE, DIVERGED = 0, 4  # exit codes; `cli` has 1 for errors and 130 for Ctrl-C
 
 
 def prepare(precision: str, *, logical_cpus: int = 1) -> None:

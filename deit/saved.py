@@ -24,6 +24,7 @@ class Saved:
       config: the run's, `resolved` included.
       network: the student with its raw weights; `tensors` holds the EMA's as `ema/<own path>`.
       step: finished updates.
+      state_sha256: of all its tensors, as its manifest has it.
       run: the run directory around the checkpoint (RUN/checkpoints/step-N).
       metrics: of the evaluation at that update; empty where there was none.
     """
@@ -32,14 +33,20 @@ class Saved:
     network: factory.Network
     tensors: dict[str, np.ndarray]
     step: int
+    state_sha256: str
     run: Path
     metrics: dict[str, float]
+
+
+def config_of(path: str | Path) -> ConfigDict:
+    """Return the configuration beside the newest checkpoint of a run directory, or beside one checkpoint."""
+    return configuration.from_json(checkpoint.read_config(checkpoint.locate(path)), base.get_config())
 
 
 def open_network(path: str | Path, *, precision: str = "") -> Saved:
     """Open the newest checkpoint of a run directory, or one checkpoint; `precision` replaces the run's own."""
     where = checkpoint.locate(path)
-    config = configuration.from_json(checkpoint.read_config(where), base.get_config())
+    config = config_of(where)
     tensors, manifest = checkpoint.read(where)
     model = ConfigDict(configuration.plain(config.model))
     network = factory.build(
@@ -51,4 +58,12 @@ def open_network(path: str | Path, *, precision: str = "") -> Saved:
     )
     student = [(f"student/{path}", variable) for path, variable in paths.variables(network.model)]
     paths.assign(student, {name: value for name, value in tensors.items() if name.startswith("student/")})
-    return Saved(config, network, tensors, manifest["step"], where.parent.parent, manifest["metrics"])
+    return Saved(
+        config=config,
+        network=network,
+        tensors=tensors,
+        step=manifest["step"],
+        state_sha256=manifest["state_sha256"],
+        run=where.parent.parent,
+        metrics=manifest["metrics"],
+    )

@@ -115,7 +115,7 @@ def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -
     """Return `update(batch) -> float32 [len(METRICS)]`, one optimizer update as one graph.
 
     `config` is resolved. `batch` is the stream's, per replica under a distributed strategy: its slice holds
-    accum_steps * micro_batch examples. The vector's first five entries mean nothing where `finite` is 0.
+    accum_steps * micro_batch examples. The losses and the norm mean nothing where `finite` is 0.
     """
     gradients = gradient_function(config, state, teacher)
     apply = _apply(config, state)
@@ -143,7 +143,9 @@ def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -
             state.skipped_in_row.assign_add(blame)
             if fp16:
                 state.finite_updates.assign(0)
-                state.loss_scale.assign(tf.maximum(1.0, state.loss_scale / 2.0))
+                halved = tf.maximum(1.0, state.loss_scale / 2.0)
+                readable = sums[4] > 0  # a batch without one readable image says nothing of the scale
+                state.loss_scale.assign(tf.where(readable, halved, state.loss_scale))
             return tf.constant(0)
 
         tf.cond(finite, applied, skipped)
@@ -236,7 +238,8 @@ def _targets(config, teacher, images: tf.Tensor) -> tf.Tensor | None:
     if config.distill.kind == "none":
         return None
     size = images.shape[0]
-    chunk = max(k for k in range(1, min(size, config.teacher.batch) + 1) if size % k == 0)
+    chunk = min(size, config.teacher.batch)
+    whole = size - size % chunk  # the images in full chunks; the rest is one call more
 
     def label(part):
         logits = tf.stop_gradient(teacher.logits(tf.cast(part, tf.float32)))
@@ -244,9 +247,13 @@ def _targets(config, teacher, images: tf.Tensor) -> tf.Tensor | None:
 
     if chunk == size:
         return label(images)
-    parts = tf.reshape(images, [size // chunk, chunk, *images.shape[1:]])
+    parts = tf.reshape(images[:whole], [whole // chunk, chunk, *images.shape[1:]])
     spec = tf.TensorSpec([chunk], tf.int32)
     if config.distill.kind == "soft":
         spec = tf.TensorSpec([chunk, teacher.num_classes], tf.float32)
     targets = tf.map_fn(label, parts, fn_output_signature=spec, parallel_iterations=1)
-    return tf.reshape(targets, [size, *spec.shape[1:]])
+    targets = tf.reshape(targets, [whole, *spec.shape[1:]])
+    if whole == size:
+        return targets
+    with tf.control_dependencies([targets]):  # not at once with the loop: that would hold two sets of activations
+        return tf.concat([targets, label(images[whole:])], 0)

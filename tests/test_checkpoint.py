@@ -1,7 +1,9 @@
 """Checkpoint files: what a kill, a bit flip or a full disk may do to them, and what is found afterwards."""
 
+import builtins
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from deit import checkpoint, errors
+from deit import workdir as run_directory
 
 VERSIONS = {"numpy": "1"}
 
@@ -339,8 +342,8 @@ def test_half_done_saves_are_ignored_and_swept_at_the_next_start(tmp_path):
 CHILD = """
 import sys
 import numpy as np
-from deit import checkpoint
-with checkpoint.lock(sys.argv[1]):
+from deit import checkpoint, workdir
+with workdir.lock(sys.argv[1]):
     saver = checkpoint.Saver(sys.argv[1], config_json="{}", keep=2, versions={})
     newest = checkpoint.newest(sys.argv[1], set_aside=True)
     step = 0 if newest is None else checkpoint.manifest(newest)["step"]
@@ -401,15 +404,15 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
         assert process.stdout.readline().startswith("start")
         with (
             pytest.raises(errors.UserError, match=rf"in use by another process \(pid {process.pid}\)"),
-            checkpoint.lock(tmp_path),
+            run_directory.lock(tmp_path),
         ):
             raise AssertionError("the lock was given twice")
     finally:
         process.kill()
         process.communicate()
-    with checkpoint.lock(tmp_path):
+    with run_directory.lock(tmp_path):
         pass
-    with checkpoint.lock(tmp_path):  # leaving the block gives it back
+    with run_directory.lock(tmp_path):  # leaving the block gives it back
         pass
 
 
@@ -421,17 +424,17 @@ def test_the_room_imports_no_tensorflow():
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run")])
 def test_urls_are_refused_in_one_line(path):
-    for call in (checkpoint.check_workdir, checkpoint.locate, lambda p: checkpoint.lock(p).__enter__()):
+    for call in (run_directory.check_workdir, checkpoint.locate, lambda p: run_directory.lock(p).__enter__()):
         with pytest.raises(errors.UserError, match="not a URL"):
             call(path)
-    assert checkpoint.check_workdir("runs/a:b") == Path("runs/a:b")
+    assert run_directory.check_workdir("runs/a:b") == Path("runs/a:b")
 
 
 def test_a_workdir_that_is_a_file_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(errors.UserError, match="must be a writable directory"),
-        checkpoint.lock(tmp_path / "file"),
+        run_directory.lock(tmp_path / "file"),
     ):
         pass
     with pytest.raises(errors.UserError, match="must be a writable directory"):
@@ -460,3 +463,40 @@ def test_locate_says_what_a_path_is_not(tmp_path):
     saver(tmp_path)
     with pytest.raises(errors.UserError, match="has no checkpoint yet"):
         checkpoint.locate(tmp_path)
+
+
+def deny(monkeypatch, name: str) -> None:
+    """Let nobody list, look at or open what is called `name`: chmod does not stop root."""
+
+    def denied(real):
+        def call(path, *arguments, **keywords):
+            if isinstance(path, (str, os.PathLike)) and name in Path(path).parts:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *arguments, **keywords)
+
+        return call
+
+    for module, function in ((os, "listdir"), (os, "stat"), (os, "scandir"), (io, "open"), (builtins, "open")):
+        monkeypatch.setattr(module, function, denied(getattr(module, function)))
+
+
+def test_checkpoints_that_may_not_be_listed_are_no_start_from_scratch(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    deny(monkeypatch, "checkpoints")
+    for call in (lambda: checkpoint.newest(tmp_path, set_aside=True), lambda: checkpoint.locate(tmp_path)):
+        with pytest.raises(errors.UserError, match=rf"^{tmp_path}/checkpoints\S* can't be read: Permission denied$"):
+            call()
+
+
+def test_a_checkpoint_that_may_not_be_opened_is_one_line_with_its_path(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    one = tmp_path / "checkpoints" / "step-00000001"
+    deny(monkeypatch, "step-00000001")
+    for call in (checkpoint.read, checkpoint.read_config, checkpoint.manifest, checkpoint.locate):
+        with pytest.raises(errors.UserError, match=rf"{one}\b.* can't be read: Permission denied$"):
+            call(one)
+
+
+def test_a_name_too_long_for_the_file_system_is_one_line(tmp_path):
+    with pytest.raises(errors.UserError, match=r"^\S*xxx\S* can't be read: File name too long$"):
+        checkpoint.locate(tmp_path / ("x" * 300))

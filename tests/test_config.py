@@ -88,7 +88,9 @@ def test_a_misspelt_choice_is_answered_with_the_nearest_one():
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_both_numbers():
-    with pytest.raises(errors.UserError, match=r"global_batch \(250\) must be divisible by micro_batch \(16\)"):
+    with pytest.raises(
+        errors.UserError, match=r"global_batch \(250\) must be divisible by replicas \* micro_batch \(1 \* 16\)"
+    ):
         configuration.validate(changed(global_batch=250))
     with pytest.raises(errors.UserError, match=r"global_batch \(256\) must be .* replicas \* micro_batch \(3 \* 16\)"):
         resolve(base.get_config(), replicas=3)

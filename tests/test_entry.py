@@ -1,21 +1,25 @@
 """main.py and the tools as a user meets them: in a process of their own, good input and bad."""
 
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from deit import workdir
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments, cwd, timeout=240):
-    """Run a script of the project in `cwd`; return (exit code, stdout, stderr)."""
+def run(*arguments, cwd, timeout=240, **variables):
+    """Run a script of the project in `cwd` with environment `variables`; return (exit code, stdout, stderr)."""
     script, *rest = arguments
-    environment = {**os.environ, "PYTHONPATH": ""}
+    environment = {**os.environ, "PYTHONPATH": "", **variables}
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *rest],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
@@ -36,14 +40,14 @@ def assert_one_line(result, *parts):
         assert part in lines[0], lines[0]
 
 
-# Flag -> what the one line must say. None of these starts TensorFlow.
+# Flag -> what the one line must say. All but model.variant and data.image_size are answered without TensorFlow.
 BAD_FLAGS = {
     "--config.global_bach=3": ["global_bach", "did you mean global_batch"],
     "--config.optim.peak_rl=3": ["optim.peak_rl", "did you mean optim.peak_lr"],
     "--config.optim.peak_lr=-1": ["optim.peak_lr (-1.0)", "greater than 0"],
     "--config.optim.peak_lr=nan": ["optim.peak_lr", "finite"],
     "--config.global_batch=1.5": ["global_batch", "1.5"],
-    "--config.global_batch=100": ["global_batch (100)", "divisible by micro_batch (64)"],
+    "--config.global_batch=100": ["global_batch (100)", "divisible by replicas * micro_batch (1 * 64)"],
     "--config.distill.kind=warm": ["distill.kind ('warm')", "none, soft, hard"],
     "--config.model.variant=deit_tini": ["model.variant", "deit_tiny"],
     "--config.data.image_size=30": ["data.image_size (30)", "patch"],
@@ -71,6 +75,7 @@ def test_a_configuration_that_does_not_exist_is_one_line(tmp_path, config, parts
 
 def test_help_names_the_flags_and_a_config_field(tmp_path):
     code, out, err = main("--help", cwd=tmp_path)
+    assert code == 1, err
     assert "--workdir" in out and "--mode" in out and "configs/base.py" in out
 
 
@@ -92,11 +97,40 @@ def test_what_is_missing_is_named_in_one_line(tmp_path, flags, parts):
     assert_one_line(main(*flags, "--workdir=w", cwd=tmp_path), *parts)
 
 
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A proxy that lets nothing through."""
+
+    def do_GET(self):
+        self.send_error(403)
+
+    do_HEAD = do_CONNECT = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def no_network():
+    """Return the environment of a process that reaches no network, also where the host has one."""
+    # A refusal, not a dead address: TFDS tries that ten times, for more than three minutes.
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+        yield {**dict.fromkeys(names, f"http://127.0.0.1:{server.server_port}"), "NO_PROXY": "", "no_proxy": ""}
+        server.shutdown()
+
+
 @pytest.mark.slow
-def test_without_data_and_network_the_three_ways_on_are_named(tmp_path):
-    environment_flag = "--config.data.data_dir=" + str(tmp_path / "empty")
-    result = main(environment_flag, "--workdir=w", cwd=tmp_path, config="deit_tiny_flowers.py:scratch")
+def test_without_data_and_network_the_three_ways_on_are_named(tmp_path, no_network):
+    flags = [f"--config.data.data_dir={tmp_path / 'empty'}", "--workdir=w"]
+    result = main(*flags, cwd=tmp_path, config="deit_tiny_flowers.py:scratch", **no_network)
     assert_one_line(result, "data.data_dir", "folder:", "make quickstart")
+
+
+def test_a_workdir_in_use_is_refused_with_the_process_that_has_it(tmp_path):
+    with workdir.lock(tmp_path / "w"):
+        assert_one_line(main("--workdir=w", cwd=tmp_path), "workdir (w) is in use", f"pid {os.getpid()}")
+    assert [path.name for path in (tmp_path / "w").iterdir()] == [".lock"]
 
 
 def test_the_plan_of_the_main_job_needs_neither_data_nor_network_and_writes_nothing(tmp_path):

@@ -7,6 +7,7 @@ import pathlib
 import runpy
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -184,6 +185,15 @@ def test_the_search_for_forbidden_code_finds(code):
 @pytest.mark.parametrize("code", ["from deit import keras", "keras.models.load_model(path)", "from . import keras"])
 def test_the_search_for_forbidden_code_passes_over(code):
     assert not list(violations(ast.parse(code)))
+
+
+def test_the_door_to_addons_leaves_no_second_keras_in_the_process():
+    code = "import sys, deit.addons; print(*(n for n in sys.modules if n.split('.')[0] in ('keras', 'tf_keras')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.splitlines()[-1].split()
+    assert "tf_keras" in found
+    assert [name for name in found if name.split(".")[0] == "keras"] == []
 
 
 def run_make(folder: pathlib.Path, *arguments: str, path: pathlib.Path) -> subprocess.CompletedProcess:

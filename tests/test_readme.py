@@ -36,6 +36,16 @@ def test_every_file_that_the_readme_links_to_exists():
     assert links and missing == []
 
 
+PLACEHOLDER = re.compile(r"^[A-Z_]{8,}$", re.MULTILINE)
+
+
+def test_no_page_has_a_line_that_still_waits_for_its_text():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    assert len(pages) > 1 and PLACEHOLDER.search("text\nRESULT_TABLE\n")
+    found = {page.name: PLACEHOLDER.findall(page.read_text(encoding="utf-8")) for page in pages}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
 def test_a_make_target_of_the_readme_exists(command):
     done = run([*shlex.split(command), "-n"], ROOT)

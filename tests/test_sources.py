@@ -1,5 +1,6 @@
 """Data sets: what is opened, in which order, and the one line for what cannot be."""
 
+import os
 import shutil
 
 import numpy as np
@@ -85,6 +86,26 @@ def test_folder_without_images_is_one_clear_line(tmp_path, make):
     with pytest.raises(errors.UserError, match="data") as error:
         sources.open_source(data_config(f"folder:{tmp_path / 'data'}"), "train")
     assert "\n" not in str(error.value)
+
+
+def test_folder_that_may_not_be_read_is_one_line_with_its_path(tmp_path, monkeypatch):
+    fill(tmp_path)
+    real = os.scandir
+
+    def scandir(path):  # chmod does not stop root
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    config = data_config(f"folder:{tmp_path}")
+    for call in (lambda: sources.open_source(config, "all"), lambda: sources.sizes(config)):
+        with pytest.raises(errors.UserError, match=rf"^data.name .*{tmp_path}/b can't be read: Permission denied$"):
+            call()
+    config = data_config(f"folder:{tmp_path / ('x' * 300)}")
+    for call in (lambda: sources.open_source(config, "all"), lambda: sources.sizes(config)):
+        with pytest.raises(errors.UserError, match=r"^data.name .*x can't be read: File name too long$"):
+            call()
 
 
 def test_sizes_of_an_absent_folder_are_unknown(tmp_path):

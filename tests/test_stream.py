@@ -1,7 +1,5 @@
 """The stream: positions, epochs, slices, starts, unreadable images, drop draws, evaluation padding."""
 
-import os
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -199,13 +197,9 @@ def test_evaluation_in_any_batch_size_gives_the_same_images():
     assert_equal({name: joined(parts, name) for name in whole}, whole)
 
 
-FLOWERS = os.environ.get("DEIT_TEST_DATA", "")
-
-
-@pytest.mark.skipif(not os.path.isdir(os.path.join(FLOWERS, "tf_flowers")), reason="DEIT_TEST_DATA has no tf_flowers")
-def test_real_flowers_stream_and_resume():
+def test_real_flowers_stream_and_resume(flowers_dir):
     config = base.get_config()
-    config.data.data_dir, config.global_batch = FLOWERS, 64
+    config.data.data_dir, config.global_batch = str(flowers_dir), 64
     train = sources.open_source(config.data, "train[:90%]")
     held_out = sources.open_source(config.data, "train[90%:]")
     assert (len(train), len(held_out)) == (3303, 367)

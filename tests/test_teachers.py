@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import http.server
 import shutil
 import stat
@@ -155,6 +156,88 @@ def test_paths_that_hold_no_saved_model_are_refused(tmp_path, saved):
         build(kind="saved_model", path=str(damaged))
 
 
+def describe(num_classes=3, **teacher):
+    return teachers.describe(config(**teacher), num_classes)
+
+
+def test_a_saved_model_s_identity_is_that_of_its_files(saved, tmp_path):
+    copy = Path(shutil.copytree(saved, tmp_path / "copy"))
+    teacher = build(kind="saved_model", path=str(copy))
+    digest = hashlib.sha256()
+    files = sorted(str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file())
+    assert len(files) > 2
+    for name in files:
+        digest.update(len(name).to_bytes(8, "little") + name.encode())
+        digest.update(hashlib.sha256((copy / name).read_bytes()).digest())
+    assert teacher.identity == digest.hexdigest()
+    assert build(kind="saved_model", path=str(saved)).identity == teacher.identity  # wherever it lies
+    (copy / "assets" / "labels.txt").write_text("x")
+    assert build(kind="saved_model", path=str(copy)).identity != teacher.identity
+
+
+def test_a_zip_s_identity_is_its_sha256_and_a_damaged_stream_is_one_line(archive, tmp_path):
+    data = archive.read_bytes()
+    assert build(kind="saved_model", path=str(archive)).identity == hashlib.sha256(data).hexdigest()
+    with zipfile.ZipFile(archive) as file:
+        member = max(file.infolist(), key=lambda info: info.compress_size)
+    start = member.header_offset + 30 + len(member.filename)
+    for filling in (b"\xff", b"\x00"):
+        bad = tmp_path / f"bad{filling[0]}.zip"
+        bad.write_bytes(data[:start] + filling * member.compress_size + data[start + member.compress_size :])
+        with pytest.raises(errors.UserError, match=r"can't be unpacked as a zip: ") as caught:
+            build(kind="saved_model", path=str(bad))
+        assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name.startswith("bad")] == []
+
+
+def test_a_teacher_file_that_may_not_be_read_is_one_line_with_its_path(archive, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("deit.workdir.describe", denied)
+    with pytest.raises(errors.UserError, match=rf"^teacher.path .*{archive} can't be read: Permission denied$"):
+        build(kind="saved_model", path=str(archive))
+    monkeypatch.undo()
+    for call in (build, lambda **teacher: teachers.check(config(**teacher))):
+        with pytest.raises(errors.UserError, match=r"^teacher.path .* can't be read: File name too long$"):
+            call(kind="saved_model", path=str(archive.parent / ("x" * 300)))
+
+
+def test_check_refuses_what_the_files_show_and_touches_nothing(saved, archive, tmp_path):
+    def check(**teacher):
+        teachers.check(config(**teacher))
+
+    for kind in ("none", "train"):
+        check(kind=kind)
+    for path in (saved, archive, "https://example.invalid/t.zip"):
+        check(kind="saved_model", path=str(path))
+    check(kind="keras_application", name="ResNet50")
+    for wrong, message in (
+        ({"kind": "keras_application", "name": "ResNet51"}, r"'ResNet51'.*nearest: ResNet50"),
+        ({"kind": "keras_application", "weights": str(tmp_path / "no.h5")}, r"no.h5'\) must be imagenet or"),
+        ({"kind": "saved_model", "path": str(tmp_path / "none")}, r"none'\) must be an existing"),
+        ({"kind": "saved_model", "path": str(saved), "sha256": "0" * 64}, r"teacher.sha256 must be empty"),
+        ({"kind": "run", "path": str(tmp_path / "none")}, r"teacher.path .*is no run"),
+        ({"kind": "run", "path": str(saved)}, r"teacher.path .*is no run"),
+    ):
+        with pytest.raises(errors.UserError, match=message):
+            check(**wrong)
+    assert [file.name for file in archive.parent.iterdir()] == ["teacher.zip"]
+
+
+def test_the_plan_s_line_counts_what_is_there_and_writes_nothing(saved, archive, cache):
+    assert describe(kind="none") == "none"
+    assert describe(kind="saved_model", path=str(saved)) == f"{saved}, {KERNEL.size} parameters"
+    before = f"{archive}: not unpacked, parameters not checked"
+    assert describe(kind="saved_model", path=str(archive)) == before
+    assert [file.name for file in archive.parent.iterdir()] == ["teacher.zip"]
+    build(kind="saved_model", path=str(archive))
+    assert describe(kind="saved_model", path=str(archive)) == f"{archive}, {KERNEL.size} parameters"
+    url = "https://example.invalid/t.zip"
+    assert describe(kind="saved_model", path=url) == f"{url}: not downloaded, parameters not checked"
+    assert not cache.exists()
+
+
 @contextlib.contextmanager
 def server(directory, *, cut=0):
     """Serve a directory on loopback, each answer `cut` bytes short; yield (url, paths asked for)."""
@@ -271,6 +354,9 @@ def test_a_keras_application_preprocesses_for_itself_and_keeps_its_statistics(mo
     np.testing.assert_allclose(alone, answers[:1], atol=1e-5)  # whatever else is in the batch
     assert teacher.parameters == network.count_params()
     assert teacher.num_classes == 3
+    assert teacher.identity == f"MobileNet {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    line = describe(kind="keras_application", name="MobileNet", weights=str(path), image_size=32)
+    assert f"MobileNet ({path}), {network.count_params():,} parameters" in line
 
 
 def test_an_application_that_cannot_be_built_is_one_line(mobilenet, tmp_path):
@@ -313,6 +399,27 @@ def test_a_run_teaches_with_the_fused_logits_of_its_newest_checkpoint(finished_r
     assert teacher.classes == CLASSES
     assert teacher.parameters == network.model.count_params()
     assert teacher.image_size == 16
+    tensors, manifest = checkpoint.read(checkpoint.locate(workdir))
+    assert teacher.identity == manifest["state_sha256"] == checkpoint.state_sha256(tensors)
+
+
+def test_a_run_that_is_not_finished_teaches_with_a_warning(finished_run, caplog):
+    workdir, _ = finished_run
+    build(kind="run", path=str(workdir))
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert str(workdir) in line and "not finished (update 3 of 40)" in line
+
+
+def test_the_plan_s_line_on_a_run_or_a_teacher_to_be_trained_counts_its_network(finished_run, tmp_path):
+    workdir, network = finished_run
+    teachers.check(config(kind="run", path=str(workdir)))
+    size = f"deit_micro_distilled_patch4_32, {network.model.count_params():,} parameters"
+    assert describe(kind="run", path=str(workdir)) == f"{workdir}: {size}"
+    assert describe(kind="run", path=str(tmp_path / "no")) == f"{tmp_path / 'no'}: absent"
+    c = config(kind="train")
+    c.teacher.train = template.get_config()
+    c.teacher.train.data.image_size, c.teacher.train.model.variant = 16, "deit_micro_distilled_patch4_32"
+    assert teachers.describe(c, 3) == f"train: {size}"
 
 
 def test_a_run_with_the_same_classes_in_another_order_is_refused(finished_run):
@@ -342,7 +449,7 @@ def batches():
 
 
 def brightest(scale=1.0):
-    return base.Teacher("brightest", lambda x: scale * tf.reduce_mean(x, [1, 2]), SIZE, 3, 0, None)
+    return base.Teacher("brightest", lambda x: scale * tf.reduce_mean(x, [1, 2]), SIZE, 3, 0, None, "")
 
 
 def test_the_report_counts_rows_of_weight_above_zero_and_keeps_the_labels_of_all():

@@ -61,13 +61,17 @@ main.takes_arguments = True
 def accumulate() -> None:
     """Alternate single micro-batches and whole batches, print both and the ratios."""
     config = CONFIG.value
+    if config.micro_batch == config.global_batch:
+        raise errors.UserError(f"global_batch ({config.global_batch}) must be larger than micro_batch to compare them")
     found: dict[int, list[dict]] = {config.micro_batch: [], config.global_batch: []}
     for _ in range(ROUNDS.value):
         for size in found:
-            command = [sys.executable, __file__, "update", str(size), *sys.argv[2:]]
+            settings = [word for word in sys.argv[1:] if word != "accumulate"]
+            command = [sys.executable, __file__, "update", str(size), *settings]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise errors.UserError(f"the measurement failed: {done.stderr.strip().splitlines()[-1]}")
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise errors.UserError(f"the measurement ended with exit code {done.returncode}: {last}")
             found[size].append(json.loads(done.stdout.splitlines()[-1]))
     rates, peaks = ({size: statistics.median(r[key] for r in runs) for size, runs in found.items()}
                     for key in ("images_per_sec", "peak_mb"))  # fmt: skip
@@ -124,7 +128,6 @@ def measure(config, size: int) -> dict:
         seconds.append(time.perf_counter() - started)
     return {
         "images_per_sec": size / statistics.median(seconds[2:]),
-        "first_update_s": seconds[0],
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 

@@ -13,7 +13,7 @@ from configs import base
 from deit import checkpoint, cli, errors
 from deit import config as configuration
 
-COLUMNS = ("run", "student", "teacher", "updates", "top1", "ema", "agreement", "images")
+COLUMNS = ("run", "student", "distillation", "updates", "top1", "ema", "agreement", "images")
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     print()
     for cells in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
-    logdir = os.path.commonpath([str(Path(path).parent) for path in argv[1:]]) or "."
+    logdir = os.path.relpath(os.path.commonpath([Path(path).absolute().parent for path in argv[1:]]))
     print(f"\nCurves and pictures: tensorboard --logdir {logdir}")
     return 0
 

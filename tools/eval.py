@@ -21,13 +21,12 @@ JSON = flags.DEFINE_string("json", None, "Also write the metrics to this file.")
 
 def main(_) -> int:
     """Evaluate --ckpt on its run's evaluation split and print the metrics."""
-    if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
-        raise errors.UserError(f"--json ({JSON.value}) must lie in an existing directory")
+    if JSON.value and (Path(JSON.value).is_dir() or not Path(JSON.value).absolute().parent.is_dir()):
+        raise errors.UserError(f"--json ({JSON.value}) must be a file in an existing directory")
     checkpoint.locate(CKPT.value)
 
     from deit import evaluate, runtime  # TensorFlow starts only now, with everything checked that can be
 
-    runtime.prepare("float32")
     step, report = evaluate.checkpointed(
         CKPT.value,
         data_dir=DATA_DIR.value or "",

@@ -5,8 +5,10 @@ host call a batch and returns encoded bytes (b"" for a file that cannot be read)
 `open_source` on a TFDS name that is not prepared yet.
 """
 
+import contextlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -235,17 +237,18 @@ def _fits_in_memory(builder, split: str, info) -> None:
 class _Folder:
     @staticmethod
     def open(data_config, split: str) -> Source:
-        root = Path(data_config.name.partition(":")[2]).expanduser()
-        if not root.is_dir():
-            raise errors.UserError(f"data.name ({data_config.name}) must name a folder that exists")
         name, keep = _parse(split)
-        inner = _folders(root)
-        if name in inner:
-            root = root / name
-        elif "train" in inner:
-            raise _unknown_split(split, inner)
-        classes = _folders(root)
-        found = [(path, label) for label, folder in enumerate(classes) for path in _images(root / folder)]
+        with _readable(data_config.name):
+            root = _root(data_config.name)
+            if not root.is_dir():
+                raise errors.UserError(f"data.name ({data_config.name}) must name a folder that exists")
+            inner = _folders(root)
+            if name in inner:
+                root = root / name
+            elif "train" in inner:
+                raise _unknown_split(split, inner)
+            classes = _folders(root)
+            found = [(path, label) for label, folder in enumerate(classes) for path in _images(root / folder)]
         if not found:
             raise errors.UserError(
                 f"{root} holds no images: it must have a folder per class with {', '.join(EXTENSIONS)} files"
@@ -256,8 +259,23 @@ class _Folder:
 
     @staticmethod
     def sizes(data_config) -> tuple[int, int, int] | None:
-        root = Path(data_config.name.partition(":")[2]).expanduser()
-        return _open_both(_Folder, data_config) if root.is_dir() else None
+        with _readable(data_config.name):
+            present = _root(data_config.name).is_dir()
+        return _open_both(_Folder, data_config) if present else None
+
+
+def _root(name: str) -> Path:
+    return Path(os.path.expanduser(name.partition(":")[2]))
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn an OSError of the block into one line that names the data and the path."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename} " if error.filename else ""
+        raise errors.UserError(f"data.name ({name}): {where}can't be read: {error.strerror or error}") from error
 
 
 def _folders(path: Path) -> tuple[str, ...]:
@@ -265,7 +283,13 @@ def _folders(path: Path) -> tuple[str, ...]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    # Path.rglob would pass over a folder that it may not list, and the rest be another data set.
+    paths = (Path(where, name) for where, _, names in os.walk(folder, onerror=_raise) for name in names)
+    return sorted(p for p in paths if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 # --- digits -----------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def shape(variant: str) -> deit.Shape | None:
     return _DEIT.get(variant)
 
 
-def check(model_config: Any, image_size: int) -> None:
-    """Raise UserError if `build` would refuse this; builds nothing."""
+def check(model_config: Any, image_size: int, *, load_weights: bool = True) -> None:
+    """Raise UserError if `build` would refuse this; builds nothing. Rates, mean and std are `config.validate`'s."""
     name = model_config.variant
     if name not in variants():
         near = difflib.get_close_matches(name, variants(), n=3, cutoff=0.4) or variants()
@@ -64,14 +64,8 @@ def check(model_config: Any, image_size: int) -> None:
         _check_patch(_DEIT[name].patch, name, image_size)
     if name == "keras_example":
         _check_patch(keras_example.PATCH, name, image_size)
-    if name == "backbone":
+    if name == "backbone" and load_weights:
         cnn.check(model_config)
-    if not 0.0 <= model_config.drop_path < 1.0:
-        raise errors.UserError(f"model.drop_path ({model_config.drop_path}) must be in [0, 1)")
-    for field, least in (("mean", None), ("std", 0.0)):
-        value = tuple(model_config[field])
-        if len(value) != 3 or (least is not None and min(value) <= least):
-            raise errors.UserError(f"model.{field} ({value}) must be three numbers{', > 0' if least == 0 else ''}")
 
 
 def build(
@@ -86,8 +80,7 @@ def build(
     Raises:
       UserError: unknown variant or backbone, a patch that does not divide the image, a missing weights file.
     """
-    if load_weights:
-        check(model_config, image_size)
+    check(model_config, image_size, load_weights=load_weights)
     if precision not in _POLICIES:
         raise errors.UserError(f"precision ({precision}) must be one of {', '.join(_POLICIES)}")
     sizes = {"num_classes": num_classes, "image_size": image_size}

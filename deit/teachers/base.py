@@ -1,7 +1,8 @@
 """What a teacher is to the rest of the house: logits for the picture that the student sees."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 
@@ -19,6 +20,7 @@ class Teacher:
       num_classes: C.
       parameters: how many numbers it holds, statistics of batch normalisation included.
       classes: its class names in the order of the logits, None where it does not know them.
+      identity: what pins its answers: another sha256 or name is another teacher.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Teacher:
     num_classes: int
     parameters: int
     classes: tuple[str, ...] | None
+    identity: str
 
     def logits(self, images: tf.Tensor) -> tf.Tensor:
         """Return logits [B, C] float32 of images [B, S, S, 3] float32 in [0, 255] of any size S.
@@ -54,6 +57,16 @@ def check_classes(teacher: Teacher, classes: tuple[str, ...]) -> None:
         raise errors.UserError(
             f"teacher.kind: class {i} of {teacher.name} is {teacher.classes[i]!r}, it must be the data's {classes[i]!r}"
         )
+
+
+@contextlib.contextmanager
+def readable(field: str) -> Iterator[None]:
+    """Turn an OSError of the block into one line that names `field`, its value and the file."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename} " if error.filename else ""
+        raise errors.UserError(f"{field}: {where}can't be read: {error.strerror or error}") from error
 
 
 def count(variables) -> int:

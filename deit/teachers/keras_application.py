@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from deit import errors, keras
-from deit.teachers import base
+from deit.teachers import base, download
 
 IMAGENET_CLASSES = 1000
 
@@ -15,10 +15,8 @@ def build(config, *, classes: tuple[str, ...]) -> base.Teacher:
     Input: teacher.image_size px (0 = data.image_size). A file holds the whole network with its classifier.
     Errors: UserError for an unknown name, a missing or unfitting file, a size that the network refuses.
     """
+    check(config.teacher)
     teacher = config.teacher
-    if teacher.name not in _NETWORKS:
-        near = difflib.get_close_matches(teacher.name, _NETWORKS, n=3, cutoff=0.0)
-        raise errors.UserError(f"teacher.name ({teacher.name!r}) is unknown; nearest: {', '.join(near)}")
     imagenet = teacher.weights == "imagenet"
     if imagenet and len(classes) != IMAGENET_CLASSES:  # before anything is downloaded
         raise errors.UserError(
@@ -26,11 +24,9 @@ def build(config, *, classes: tuple[str, ...]) -> base.Teacher:
             "must be the path of a weights file with the data's classes (or train one: teacher.kind=train "
             "with model.variant=backbone)"
         )
-    if not imagenet and not Path(teacher.weights).is_file():
-        raise errors.UserError(f"teacher.weights ({teacher.weights!r}) must be imagenet or an existing file")
     size = teacher.image_size or config.data.image_size
-    construct, preprocess = _NETWORKS[teacher.name]
-    network = _construct(construct, config, size=size, num_classes=len(classes))
+    _, preprocess = _NETWORKS[teacher.name]
+    network = _construct(config, size=size, num_classes=len(classes), weights=teacher.weights)
     network.trainable = False
     return base.Teacher(
         name=teacher.name,
@@ -40,12 +36,34 @@ def build(config, *, classes: tuple[str, ...]) -> base.Teacher:
         num_classes=network.output_shape[-1],
         parameters=network.count_params(),
         classes=None,
+        identity=f"{teacher.name} {'imagenet' if imagenet else download.sha256(Path(teacher.weights))}",
     )
 
 
-def _construct(construct, config, *, size: int, num_classes: int):
-    """Build the network with logits as output and load its weights."""
-    weights, before = config.teacher.weights, keras.mixed_precision.global_policy()
+def check(teacher) -> None:
+    """Raise UserError for an unknown teacher.name or a weights file that is missing; builds nothing."""
+    if teacher.name not in _NETWORKS:
+        near = difflib.get_close_matches(teacher.name, _NETWORKS, n=3, cutoff=0.0)
+        raise errors.UserError(f"teacher.name ({teacher.name!r}) is unknown; nearest: {', '.join(near)}")
+    with base.readable(f"teacher.weights ({teacher.weights!r})"):
+        if teacher.weights != "imagenet" and not Path(teacher.weights).is_file():
+            raise errors.UserError(f"teacher.weights ({teacher.weights!r}) must be imagenet or an existing file")
+
+
+def describe(config, num_classes: int) -> str:
+    """Return name and size of the network, which is built without weights. Errors: UserError as in `build`."""
+    teacher = config.teacher
+    check(teacher)
+    size = teacher.image_size or config.data.image_size
+    count = IMAGENET_CLASSES if teacher.weights == "imagenet" else num_classes
+    network = _construct(config, size=size, num_classes=count, weights=None)
+    return f"{teacher.name} ({teacher.weights}), {network.count_params():,} parameters, {size} px"
+
+
+def _construct(config, *, size: int, num_classes: int, weights: str | None):
+    """Build the network with logits as output and load its weights, if any."""
+    construct, _ = _NETWORKS[config.teacher.name]
+    before = keras.mixed_precision.global_policy()
     keras.mixed_precision.set_global_policy(_POLICIES[config.precision])  # these networks take no dtype
     try:
         network = construct(
@@ -54,7 +72,7 @@ def _construct(construct, config, *, size: int, num_classes: int):
             classes=num_classes,
             classifier_activation=None,
         )
-        if weights != "imagenet":
+        if weights not in (None, "imagenet"):
             network.load_weights(weights)
     except Exception as error:  # a size that is refused, a failed download, a file of another network
         reason = str(error).strip().splitlines()[0]

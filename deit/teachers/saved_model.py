@@ -3,12 +3,14 @@
 A SavedModel is a program: loading one runs what its author wrote. Pin what you trust with teacher.sha256.
 """
 
+import hashlib
 from pathlib import Path
 
 import tensorflow as tf
 from absl import logging
 
 from deit import errors
+from deit import workdir as run_directory
 from deit.teachers import base, download
 
 SIGNATURE = "serving_default"
@@ -20,8 +22,43 @@ def build(config) -> base.Teacher:
     Its input is teacher.image_size px; where that is 0, what its signature fixes, else data.image_size.
     Errors: UserError where the path holds no SavedModel, or the model does not take images and give [B, C].
     """
+    check(config.teacher)
+    directory, identity = locate(config.teacher.path, config.teacher.sha256)
+    return _load(config, directory, identity)
+
+
+def check(teacher) -> None:
+    """Raise UserError for a local teacher.path that is absent, or a directory that teacher.sha256 can't pin."""
+    path = teacher.path
+    if _is_url(path):
+        return
+    with base.readable(f"teacher.path ({path})"):
+        if not (Path(path).is_dir() or Path(path).is_file()):
+            raise errors.UserError(
+                f"teacher.path ({path!r}) must be an existing SavedModel directory or zip of one, "
+                "or the http(s) URL of a zip"
+            )
+        if teacher.sha256 and Path(path).is_dir():
+            raise errors.UserError("teacher.sha256 must be empty where teacher.path is a directory: it pins a zip")
+
+
+def describe(config) -> str:
+    """Return path and size of the model where it is there to be loaded; downloads, unpacks and writes nothing."""
     path = config.teacher.path
-    directory = locate(path, config.teacher.sha256)
+    file = download.location(path) if _is_url(path) else Path(path)
+    with base.readable(f"teacher.path ({path})"):
+        if file.is_dir():
+            directory = file
+        else:
+            directory = download.unpacked(file, download.sha256(file)) if file.is_file() else None
+        if directory is None or not directory.is_dir():
+            lacking = "unpacked" if file.is_file() else "downloaded" if _is_url(path) else "there"
+            return f"{path}: not {lacking}, parameters not checked"
+    return f"{path}, {_load(config, _inside(directory, path), '').parameters:,} parameters"
+
+
+def _load(config, directory: Path, identity: str) -> base.Teacher:
+    path = config.teacher.path
     try:
         loaded = tf.saved_model.load(str(directory))
     except Exception as error:  # OSError, KeyError, protobuf's DecodeError: whatever damage leads to
@@ -36,29 +73,41 @@ def build(config) -> base.Teacher:
         num_classes=graph.structured_outputs.shape[-1],
         parameters=base.count(getattr(loaded, "variables", None) or graph.variables),
         classes=None,
+        identity=identity,
     )
 
 
-def locate(path: str, sha256: str) -> Path:
-    """Return the directory of saved_model.pb, after download, sha256 and unpacking. Errors: UserError."""
-    if path.startswith(("http://", "https://")):
-        file = download.fetch(path)
-    elif Path(path).is_dir():
-        if sha256:
-            raise errors.UserError("teacher.sha256 must be empty where teacher.path is a directory: it pins a zip")
-        return _inside(Path(path), path)
-    else:
-        file = Path(path)
-    if not file.is_file():
-        raise errors.UserError(
-            f"teacher.path ({path!r}) must be an existing SavedModel directory or zip of one, "
-            "or the http(s) URL of a zip"
-        )
-    return _inside(download.unpack(file, download.check_sha256(file, sha256)), path)
+def locate(path: str, sha256: str) -> tuple[Path, str]:
+    """Return (directory of saved_model.pb, sha256 that pins it), after download, check and unpacking.
+
+    The sha256 is the zip's, or that of the directory's files. Errors: UserError.
+    """
+    file = download.fetch(path) if _is_url(path) else Path(path)
+    with base.readable(f"teacher.path ({path})"):
+        if file.is_dir():
+            directory = _inside(file, path)
+            return directory, _sha256_of_files(directory)
+    found = download.check_sha256(file, sha256)
+    return _inside(download.unpack(file, found), path), found
+
+
+def _sha256_of_files(directory: Path) -> str:
+    """Return the sha256 over relative name and sha256 of every file in a directory, sorted by name."""
+    digest = hashlib.sha256()
+    files = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+    for name in sorted(files):
+        digest.update(len(name.encode()).to_bytes(8, "little") + name.encode())
+        digest.update(bytes.fromhex(run_directory.describe(files[name])["sha256"]))
+    return digest.hexdigest()
+
+
+def _is_url(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
 
 
 def _inside(directory: Path, path: str) -> Path:
-    found = [file.parent for file in directory.rglob("saved_model.pb")]
+    with base.readable(f"teacher.path ({path})"):
+        found = [file.parent for file in directory.rglob("saved_model.pb")]
     if len(found) != 1:
         raise errors.UserError(
             f"teacher.path ({path!r}) must hold one SavedModel: {len(found)} saved_model.pb files in it"

@@ -1,0 +1,199 @@
+"""The loop's parts and the loop itself, in this process: slices of replicas, guards, what a run shows."""
+
+import json
+import logging
+import types
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing import event_accumulator
+
+from configs import base
+from deit import config as configuration
+from deit import errors, loop, summaries, train_step
+from deit.data import sources
+
+BATCH, TRAIN_SIZE = 32, 1347  # three quarters of the 1797 digits
+
+
+def make_config(**changes):
+    c = base.get_config()
+    c.model.variant, c.model.drop_path = "deit_micro_patch8_32", 0.2
+    c.data.name, c.data.train_split, c.data.eval_split, c.data.image_size = "digits", "train", "test", 32
+    c.augment.resize_margin, c.global_batch, c.micro_batch, c.total_updates = 4, BATCH, 8, 2
+    c.eval.batch = 150  # a third of the 450 that are held out
+    c.update_from_flattened_dict(changes)
+    configuration.validate(c)
+    return c
+
+
+def one_device():
+    return tf.distribute.OneDeviceStrategy("/cpu:0")
+
+
+def two_cpus():
+    return tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"])
+
+
+def collect(strategy, *, start, count):
+    """Return the first batches of the distributed stream, each as a list of its replicas' parts in NumPy."""
+    config = make_config()
+    source = sources.open_source(config.data, "train")
+    resolved = configuration.resolve(
+        config,
+        train_size=len(source),
+        eval_size=450,
+        classes=source.classes,
+        replicas=strategy.num_replicas_in_sync,
+    )
+    network = types.SimpleNamespace(drop_rates=(0.0, 0.3))
+    iterator = iter(loop.batches_of(resolved, strategy, source, network, start_update=start))
+    batches = []
+    for _ in range(count):
+        parts = {name: strategy.experimental_local_results(value) for name, value in next(iterator).items()}
+        batches.append([{name: parts[name][r].numpy() for name in parts} for r in range(strategy.num_replicas_in_sync)])
+    return batches
+
+
+def test_each_replica_gets_its_contiguous_slice_of_every_batch():
+    whole, split = collect(one_device(), start=3, count=3), collect(two_cpus(), start=3, count=3)
+    for k, ([batch], replicas) in enumerate(zip(whole, split, strict=True)):
+        first = (3 + k) * BATCH
+        np.testing.assert_array_equal(batch["position"], np.arange(first, first + BATCH))
+        for r, part in enumerate(replicas):
+            np.testing.assert_array_equal(part["position"], first + r * BATCH // 2 + np.arange(BATCH // 2))
+        for name in ("image", "label", "weight", "drop"):
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in replicas]), batch[name])
+
+
+def vector(**values):
+    """Return what an update returns."""
+    usual = dict.fromkeys(train_step.METRICS, 0.5) | {"finite": 0.0, "data/weight": 32.0, "skipped_in_row": 1.0}
+    return np.array([{**usual, **values}[name] for name in train_step.METRICS], np.float32)
+
+
+UNREADABLE = {"data/weight": 0.0}
+CAUSES = {"every image was unreadable": UNREADABLE, "non-finite gradients": {}}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_skipped_updates_are_warned_of_and_end_the_run_once_max_skipped_are_in_a_row(caplog, cause):
+    config = types.SimpleNamespace(global_batch=BATCH, max_skipped=3)
+    other = next(text for text in CAUSES if text != cause)
+    with caplog.at_level(logging.WARNING):
+        for row in (1, 2):
+            loop.guard(config, vector(**CAUSES[cause], skipped_in_row=row), 6 + row)
+    assert len(caplog.records) == 2
+    assert cause in caplog.text and other not in caplog.text
+    assert "positions 192 to 223" in caplog.text and "positions 224 to 255" in caplog.text  # of updates 7 and 8
+    with pytest.raises(loop.Diverged) as caught:
+        loop.guard(config, vector(**CAUSES[cause], skipped_in_row=3), 9)
+    assert "update 9" in str(caught.value) and "max_skipped" in str(caught.value)
+    assert cause in str(caught.value) and other not in str(caught.value)
+
+
+def test_an_applied_update_passes_the_guard_in_silence(caplog):
+    config = types.SimpleNamespace(global_batch=BATCH, max_skipped=1)
+    with caplog.at_level(logging.WARNING):
+        loop.guard(config, vector(finite=1.0, skipped_in_row=0.0), 1)
+    assert caplog.records == []
+
+
+# (update, most unreadable images allowed): 1 % of an epoch's 1347, later of what was read, 32 an update.
+@pytest.mark.parametrize(("step", "most"), [(1, 13), (42, 13), (100, 32), (1000, 320)])
+def test_more_unreadable_images_than_the_limit_end_the_run(step, most):
+    config = types.SimpleNamespace(
+        global_batch=BATCH,
+        data=types.SimpleNamespace(max_bad_fraction=0.01),
+        resolved=types.SimpleNamespace(train_size=TRAIN_SIZE),
+    )
+    loop.check_readable(config, float(most), step)
+    with pytest.raises(errors.UserError, match=r"data\.max_bad_fraction \(0\.01\)"):
+        loop.check_readable(config, float(most + 1), step)
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "due"),
+    [
+        (1, 1, True),
+        (1, 2, False),
+        (4, 2, True),
+        (5, 2, False),
+        (9, 0, False),
+        (10, 0, True),  # the last one, whatever the interval
+        (10, 3, True),
+        (10, 50, True),
+    ],
+)
+def test_something_is_due_at_its_interval_and_at_the_end(step, every, due):
+    assert loop.due_at(step, 10)(every) is due
+
+
+def train(config, workdir, strategy):
+    workdir.mkdir()
+    return loop.train(loop.prepare(config, workdir, replicas=strategy.num_replicas_in_sync), strategy=strategy)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The same two updates under both strategies: name -> (workdir, result)."""
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        name: (root / name, train(make_config(), root / name, strategy()))
+        for name, strategy in (("one_device", one_device), ("two_cpus", two_cpus))
+    }
+
+
+def lines_of(workdir):
+    return summaries.read_metrics(workdir / "metrics.jsonl")
+
+
+def test_two_replicas_log_the_losses_of_one_device(finished):
+    one, two = (lines_of(workdir) for workdir, _ in finished.values())
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
+    assert one[0]["train/loss"] != one[1]["train/loss"]
+    for name in ("train/loss", "train/loss_cls", "optim/lr"):
+        np.testing.assert_allclose([line[name] for line in two], [line[name] for line in one], rtol=1e-5)
+
+
+def test_the_result_of_a_run_is_its_last_logged_evaluation(finished):
+    for workdir, result in finished.values():
+        last = lines_of(workdir)[-1]
+        assert result.step == 2
+        assert "eval/top1" in result.metrics and result.metrics["eval/images"] == 450
+        assert result.metrics == {name: last[name] for name in result.metrics}
+
+
+@pytest.mark.parametrize("name", ["one_device", "two_cpus"])
+def test_the_event_file_shows_curves_pictures_and_the_configuration(finished, name):
+    workdir, _ = finished[name]
+    events = event_accumulator.EventAccumulator(str(workdir), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    curve = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert curve == {line["step"]: np.float32(line["train/loss"]) for line in lines_of(workdir)}
+    assert [event.step for event in events.Images("train/first_batch")] == [0]
+    assert [event.step for event in events.Images("eval/confusion")] == [2]
+    for tag in ("train/first_batch", "eval/confusion"):
+        picture = tf.io.decode_png(events.Images(tag)[0].encoded_image_string).numpy()
+        assert min(picture.shape[:2]) > 64 and picture.std() > 1, tag
+    (text,) = events.Tensors("config")
+    shown = text.tensor_proto.string_val[0].decode().removeprefix("```json\n").removesuffix("\n```")
+    assert json.loads(shown) == json.loads((workdir / "config.json").read_text())
+
+
+def test_a_teacher_below_its_least_accuracy_leaves_no_trace_of_the_run(finished, tmp_path):
+    teacher, result = finished["one_device"]
+    assert result.metrics["eval/top1"] < 1
+    config = make_config(
+        **{
+            "model.variant": "deit_micro_distilled_patch8_32",
+            "distill.kind": "hard",
+            "teacher.kind": "run",
+            "teacher.path": str(teacher),
+            "teacher.min_accuracy": 1.0,
+        }
+    )
+    with pytest.raises(errors.UserError, match=r"teacher\.min_accuracy \(1\).*of 450 images"):
+        train(config, tmp_path / "student", one_device())
+    assert list((tmp_path / "student").iterdir()) == []
