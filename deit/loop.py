@@ -96,6 +96,9 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
         state = train_step.create_state(config, network)
         if newest is not None:
             train_step.restore(state, checkpoint.read(newest)[0])
+    written_by = versions(teacher)
+    if newest is not None:
+        check_teacher(checkpoint.manifest(newest)["versions"], written_by, workdir)
     step = int(state.step.numpy())
     taught_by = teacher.describe() if teacher is not None else "none"
     logging.info("plan of %s\n%s", workdir, plan.describe(config, network=network, teacher=taught_by))
@@ -127,9 +130,6 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
     # --- The loop -------------------------------------------------------------------------------------------
     update = train_step.make(config, strategy, state, teacher)
     predict = evaluate.predictor(network)
-    written_by = versions(teacher)
-    if newest is not None:
-        check_teacher(checkpoint.manifest(newest)["versions"], written_by, workdir)
     saver = checkpoint.Saver(
         workdir, config_json=configuration.to_json(config), keep=config.checkpoint.keep, versions=written_by
     )

@@ -79,10 +79,11 @@ class Training:
         return "".join(self.lines)
 
     def _read(self):
-        for line in self.process.stderr:
-            with self.news:
-                self.lines.append(line)
-                self.news.notify_all()
+        with self.process.stderr as stderr:
+            for line in stderr:
+                with self.news:
+                    self.lines.append(line)
+                    self.news.notify_all()
         with self.news:
             self.ended = True
             self.news.notify_all()
