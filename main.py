@@ -43,7 +43,8 @@ def main(_) -> int:
         return runtime.DONE
     for each in (config, config.teacher.train) if config.teacher.kind == "train" else (config,):
         factory.check(each.model, each.data.image_size)
-        teachers.check(each)
+        if MODE.value == "train":  # a plan may be ahead of its teacher
+            teachers.check(each)
     runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
     strategy = runtime.make_strategy(config.strategy, config.devices)
     if MODE.value == "plan":

@@ -379,7 +379,8 @@ def test_after_kill_9_at_any_moment_the_newest_is_the_last_or_the_one_after(tmp_
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=draws.uniform(0.0, 0.01))
         process.send_signal(signal.SIGKILL)
-        rest, complaints = process.communicate()
+        rest, complaints = process.stdout.read(), process.stderr.read()  # communicate() would lose buffered lines
+        process.wait()
         lines += rest.splitlines()
         assert process.returncode == -signal.SIGKILL, complaints
         assert int(lines[0].split()[1]) >= announced

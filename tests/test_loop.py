@@ -4,6 +4,7 @@ import json
 import logging
 import types
 
+import devices
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -28,14 +29,6 @@ def make_config(**changes):
     return c
 
 
-def one_device():
-    return tf.distribute.OneDeviceStrategy("/cpu:0")
-
-
-def two_cpus():
-    return tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"])
-
-
 def collect(strategy, *, start, count):
     """Return the first batches of the distributed stream, each as a list of its replicas' parts in NumPy."""
     config = make_config()
@@ -57,7 +50,7 @@ def collect(strategy, *, start, count):
 
 
 def test_each_replica_gets_its_contiguous_slice_of_every_batch():
-    whole, split = collect(one_device(), start=3, count=3), collect(two_cpus(), start=3, count=3)
+    whole, split = collect(devices.one_device(), start=3, count=3), collect(devices.two_cpus(), start=3, count=3)
     for k, ([batch], replicas) in enumerate(zip(whole, split, strict=True)):
         first = (3 + k) * BATCH
         np.testing.assert_array_equal(batch["position"], np.arange(first, first + BATCH))
@@ -141,7 +134,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     return {
         name: (root / name, train(make_config(), root / name, strategy()))
-        for name, strategy in (("one_device", one_device), ("two_cpus", two_cpus))
+        for name, strategy in (("one_device", devices.one_device), ("two_cpus", devices.two_cpus))
     }
 
 
@@ -195,5 +188,5 @@ def test_a_teacher_below_its_least_accuracy_leaves_no_trace_of_the_run(finished,
         }
     )
     with pytest.raises(errors.UserError, match=r"teacher\.min_accuracy \(1\).*of 450 images"):
-        train(config, tmp_path / "student", one_device())
+        train(config, tmp_path / "student", devices.one_device())
     assert list((tmp_path / "student").iterdir()) == []

@@ -1,5 +1,6 @@
 """One update: accumulation, replicas, the guard, the averages; on a small DeiT with drop-path on."""
 
+import devices
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -53,10 +54,7 @@ class Run:
 
     def __init__(self, config):
         self.config = config
-        cpus = [f"/cpu:{i}" for i in range(config.resolved.replicas)]
-        self.strategy = (
-            tf.distribute.MirroredStrategy(cpus) if len(cpus) > 1 else tf.distribute.OneDeviceStrategy(cpus[0])
-        )
+        self.strategy = devices.two_cpus() if config.resolved.replicas == 2 else devices.one_device()
         with self.strategy.scope():
             self.network = factory.build(config.model, num_classes=CLASSES, image_size=32, precision=config.precision)
             self.state = train_step.create_state(config, self.network)
