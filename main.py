@@ -54,19 +54,20 @@ def main(_) -> int:
 
 
 def train(config, workdir: Path, strategy) -> int:
-    """Train in a locked workdir: first the teacher where it is a configuration, then the student."""
+    """Train in a locked workdir, made only once everything fits: first the teacher, where it is a configuration."""
     from deit import loop, plan, runtime
 
     replicas = strategy.num_replicas_in_sync
+    student, teacher = loop.prepare(config, workdir, replicas=replicas), None
+    if config.teacher.kind == "train":
+        teacher = loop.prepare(config.teacher.train, workdir / "teacher", replicas=replicas)
+        loop.check_same_classes(teacher, student)
+        logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas))
     try:
         with run_directory.lock(workdir):
-            student = loop.prepare(config, workdir, replicas=replicas)
-            if config.teacher.kind == "train":
-                logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas))
-                with run_directory.lock(workdir / "teacher"):
-                    teacher = loop.prepare(config.teacher.train, workdir / "teacher", replicas=replicas)
-                    loop.check_same_classes(teacher, student)
-                    logging.info("the teacher first, into %s", teacher.workdir)
+            if teacher is not None:
+                logging.info("the teacher first, into %s", teacher.workdir)
+                with run_directory.lock(teacher.workdir):
                     loop.train(teacher, strategy=strategy)
             loop.train(student, strategy=strategy)
     except loop.Diverged as error:

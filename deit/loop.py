@@ -79,6 +79,7 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
     Errors: UserError for what a user can put right; Diverged. On every error the newest checkpoint stays.
     """
     config, workdir = job.config, job.workdir
+    check_workdir(config, workdir)  # again: another process may have written it before it was locked
     total = config.resolved.total_updates
     newest = checkpoint.newest(workdir, set_aside=True)
     if newest is not None and checkpoint.manifest(newest)["step"] >= total:

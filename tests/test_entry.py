@@ -95,6 +95,7 @@ MISSING = [
 @pytest.mark.parametrize(("flags", "parts"), MISSING)
 def test_what_is_missing_is_named_in_one_line(tmp_path, flags, parts):
     assert_one_line(main(*flags, "--workdir=w", cwd=tmp_path), *parts)
+    assert not (tmp_path / "w").exists()
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
