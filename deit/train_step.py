@@ -31,6 +31,7 @@ METRICS = (
     "finite",
     "skipped_in_row",
 )
+_WEIGHT, _FINITE = METRICS.index("data/weight"), METRICS.index("finite")
 
 
 @dataclasses.dataclass
@@ -125,15 +126,15 @@ def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -
     def update(batch):
         reduced, sums = strategy.run(gradients, args=(batch,))
         sums = strategy.experimental_local_results(sums)[0]  # equal on all replicas after the all-reduce
-        finite = sums[5] > 0
+        finite = sums[_FINITE] > 0
 
         def applied():
             strategy.run(apply, args=(reduced,))
             state.skipped_in_row.assign(0)
             if fp16:
                 state.finite_updates.assign_add(1)
-                if_grown = state.finite_updates % GROWTH_UPDATES == 0
-                state.loss_scale.assign(state.loss_scale * tf.where(if_grown, 2.0, 1.0))
+                grown = state.finite_updates % GROWTH_UPDATES == 0
+                state.loss_scale.assign(state.loss_scale * tf.where(grown, 2.0, 1.0))
             return tf.constant(0)
 
         def skipped():
@@ -144,13 +145,13 @@ def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -
             if fp16:
                 state.finite_updates.assign(0)
                 halved = tf.maximum(1.0, state.loss_scale / 2.0)
-                readable = sums[4] > 0  # a batch without one readable image says nothing of the scale
+                readable = sums[_WEIGHT] > 0  # a batch without one readable image says nothing of the scale
                 state.loss_scale.assign(tf.where(readable, halved, state.loss_scale))
             return tf.constant(0)
 
         tf.cond(finite, applied, skipped)
         state.step.assign_add(1)
-        missing = float(config.global_batch) - sums[4]
+        missing = float(config.global_batch) - sums[_WEIGHT]
         state.bad_images.assign_add(tf.cast(tf.round(missing), tf.int64))
         return tf.concat([sums, [tf.cast(state.skipped_in_row.read_value(), tf.float32)]], 0)
 

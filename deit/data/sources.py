@@ -115,6 +115,7 @@ def _bytes_or_nothing(path: Path) -> bytes:
 class _Tfds:
     @staticmethod
     def open(data_config, split: str) -> Source:
+        """Open a prepared data set, or prepare it first: array_record in place, tfrecord into memory."""
         import tensorflow_datasets as tfds  # seconds to import; the other kinds of data do without
 
         builder = _prepared(data_config) or _prepare(data_config)
@@ -237,6 +238,7 @@ def _fits_in_memory(builder, split: str, info) -> None:
 class _Folder:
     @staticmethod
     def open(data_config, split: str) -> Source:
+        """List the images of a folder per class; nothing is read yet."""
         name, keep = _parse(split)
         with _readable(data_config.name):
             root = _root(data_config.name)
@@ -298,6 +300,7 @@ def _raise(error: OSError) -> None:
 class _Digits:
     @staticmethod
     def open(data_config, split: str) -> Source:
+        """Encode scikit-learn's digits as PNG: three quarters `train`, one quarter `test`."""
         import tensorflow as tf
         from sklearn import datasets
 
