@@ -9,8 +9,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import config_flags
 
-from deit import cli
-from deit import config as configuration
+from deit import cli, rules
 from deit import workdir as run_directory
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -32,7 +31,7 @@ MODE = flags.DEFINE_enum(
 def main(_) -> int:
     """Dispatch on the mode and return an exit code: 0 done, 1 error, 4 diverged."""
     config = CONFIG.value
-    configuration.validate(config)
+    rules.validate(config)
     workdir = run_directory.check_workdir(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
 
     from deit import evaluate, plan, runtime, teachers  # TensorFlow is imported only now, and starts no device yet

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Return the defaults: DeiT-Ti/16 without a teacher on tf_flowers."""
     c = ConfigDict()
-    c.seed = 0  # drives the data stream: order, crops, flips
+    c.seed = 0  # drives the data stream: order, crops, every draw of the augmentation
     c.epochs = 20.0  # passes over the training split
     c.total_updates = 0  # optimizer steps; > 0 replaces `epochs` and shrinks every duration in proportion
     c.global_batch = 256  # examples per optimizer update = replicas x micro_batch x accum_steps
@@ -25,15 +25,30 @@ def get_config() -> ConfigDict:
     c.data.train_size = 3303  # examples; read only by --mode=plan where the data is absent
     c.data.eval_size = 367  # examples; as above
     c.data.num_classes = 5  # as above
+    c.data.split_seed = 0  # order of a folder's or the digits' examples behind NAME[a%:b%]
+    c.data.max_ram_bytes = 8_000_000_000  # of a TFDS split in tfrecord files, which is held in memory, encoded
+    c.data.max_pixels = 100_000_000  # height x width; a larger image is not decoded and counts as unreadable
     c.data.max_bad_fraction = 0.01  # unreadable images tolerated, as a fraction of what was read; 0 to 1
     c.data.threads = 0  # threads that decode and augment; 0 = tf.data decides
 
     c.augment = ConfigDict()
-    c.augment.crop = "resize_crop"  # resize_crop (Keras example: resize to S + margin, random S crop) | random_resized
+    # resize_crop (Keras example: resize to S + margin, random S crop) | random_resized (DeiT) | simple (DeiT-III:
+    # short side to S, 4 px of reflected border, random S crop)
+    c.augment.crop = "resize_crop"
     c.augment.resize_margin = 20  # px, for resize_crop
     c.augment.scale = (0.08, 1.0)  # fraction of the area, for random_resized
     c.augment.ratio = (3 / 4, 4 / 3)  # width / height, for random_resized
     c.augment.flip = 0.5  # probability of a horizontal flip
+    c.augment.randaugment = ""  # timm's notation, DeiT: rand-m9-mstd0.5-inc1 (two of 15 operations); "" = off
+    c.augment.three_augment = False  # DeiT-III: one of grey, solarize, Gaussian blur; DeiT-III adds jitter 0.3
+    c.augment.jitter = 0.0  # brightness, contrast, saturation each by a factor in 1 +- jitter; 0 <= . <= 1
+    c.augment.erasing = 0.0  # probability that a rectangle becomes noise (DeiT: 0.25)
+    c.augment.mixup = 0.0  # alpha of the Beta distribution (DeiT: 0.8); 0 = off
+    c.augment.cutmix = 0.0  # alpha of the Beta distribution (DeiT: 1.0); 0 = off
+    c.augment.mix_prob = 1.0  # probability that a group is mixed at all
+    c.augment.mix_switch = 0.5  # probability of cutmix where both are on
+    c.augment.mix_group = 64  # examples with one lambda, mixed among themselves; divides a replica's share of a batch
+    c.augment.repeats = 1  # views of an example in a row (repeated augmentation, arXiv:1902.05509; DeiT: 3)
 
     c.model = ConfigDict()
     # timm's names | keras_example | deit_micro[_distilled]_patch{4,8}_32 | backbone | groupnorm_resnet

@@ -1,14 +1,12 @@
-"""Check a configuration, convert its units once, freeze it, write it, compare it.
+"""Convert a configuration's units once, freeze it, write it, compare it. Its rules are in `rules.py`.
 
-Promises: `validate` needs no device and no data, and names field, value and rule of the first thing that is wrong.
-`resolve` is the only place where epochs become updates and a learning rate is scaled; everything after counts
+Promises: `resolve` is the only place where epochs become updates and a learning rate is scaled; everything after counts
 in updates. `difference` lists exactly the fields that change a run's result.
 """
 
 import difflib
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +15,16 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from deit import errors
 
 
-def validate(config: ConfigDict, prefix: str = "") -> None:
-    """Raise UserError for the first value out of range or pair of values that do not fit.
-
-    Types are held by the locked ConfigDict; `prefix` names a nested configuration (`teacher.train.`).
-    """
-    values = dict(flatten(config))
-    for name, value in values.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise errors.UserError(f"{prefix}{name} ({value}) must be finite")
-        if name in _RULES:
-            legal, rule = _RULES[name]
-            if not legal(value):
-                raise errors.UserError(f"{prefix}{name} ({_show(value)}) must be {rule}{_nearest(value, rule)}")
-    for relation in _RELATIONS:
-        problem = relation(config)
-        if problem:
-            raise errors.UserError(prefix + problem)
-    if config.teacher.kind == "train":
-        validate(config.teacher.train, f"{prefix}teacher.train.")
-
-
 def resolve(
     config: ConfigDict, *, train_size: int, eval_size: int, classes: Sequence[str], replicas: int
 ) -> FrozenConfigDict:
     """Return the frozen configuration with `resolved`: every duration in updates, lr scaled, batch split.
 
-    Errors: UserError where global_batch is not replicas x micro_batch x a whole number of accum_steps.
+    Errors: UserError where the batch does not divide (`batch_problem`).
     """
-    step = replicas * config.micro_batch
-    if config.global_batch % step:
-        raise errors.UserError(
-            f"global_batch ({config.global_batch}) must be divisible by replicas * micro_batch "
-            f"({replicas} * {config.micro_batch})"
-        )
+    problem = batch_problem(config, replicas)
+    if problem:
+        raise errors.UserError(problem)
     natural = max(1, round(config.epochs * train_size / config.global_batch))
     total = config.total_updates or natural
     shrink = total / natural  # total_updates shortens the warm-up in proportion: a 3-update run has all its phases
@@ -64,13 +37,35 @@ def resolve(
             warmup_updates=min(round(warmup), total - 1),
             peak_lr=config.optim.peak_lr * scale,
             replicas=replicas,
-            accum_steps=config.global_batch // step,
+            accum_steps=config.global_batch // (replicas * config.micro_batch),
             train_size=train_size,
             eval_size=eval_size,
             classes=tuple(classes),
         )
     )
     return FrozenConfigDict(mutable)
+
+
+def batch_problem(config: Any, replicas: int) -> str | None:
+    """Return what is wrong with the batch on so many replicas: it must divide into micro-batches and mixing groups."""
+    step = replicas * config.micro_batch
+    if config.global_batch % step:
+        return (
+            f"global_batch ({config.global_batch}) must be divisible by replicas * micro_batch "
+            f"({replicas} * {config.micro_batch})"
+        )
+    share, group = config.global_batch // replicas, config.augment.mix_group
+    if mixes(config.augment) and share % group:
+        return (
+            f"augment.mix_group ({group}) must divide a replica's share of a batch, global_batch / replicas "
+            f"({config.global_batch} / {replicas})"
+        )
+    return None
+
+
+def mixes(augment: Any) -> bool:
+    """Return whether examples are mixed (mixup, cutmix) under the `augment` part of a configuration."""
+    return augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0)
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -179,6 +174,7 @@ _FREE = (
     "micro_batch",
     "data.data_dir",
     "data.threads",
+    "data.max_ram_bytes",
     "data.train_size",
     "data.eval_size",
     "data.num_classes",
@@ -191,137 +187,3 @@ _FREE = (
     "resolved.replicas",
     "resolved.accum_steps",
 )
-
-
-def _show(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else str(value)
-
-
-def _nearest(value: Any, rule: str) -> str:
-    if not isinstance(value, str) or not rule.startswith("one of "):
-        return ""
-    near = difflib.get_close_matches(value, rule.removeprefix("one of ").split(", "), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-_Rule = tuple[Callable[[Any], bool], str]
-
-
-def _one_of(*names: str) -> _Rule:
-    return (lambda value: value in names), "one of " + ", ".join(names)
-
-
-def _at_least(bound: float) -> _Rule:
-    return (lambda value: value >= bound), f"at least {bound}"
-
-
-def _numbers(value: tuple, count: int) -> bool:
-    return len(value) == count and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
-
-
-_POSITIVE: _Rule = (lambda value: value > 0), "greater than 0"
-_FRACTION: _Rule = (lambda value: 0 <= value <= 1), "between 0 and 1"
-_BELOW_ONE: _Rule = (lambda value: 0 <= value < 1), "at least 0 and below 1"
-_SEED: _Rule = (lambda value: 0 <= value < 2**31), "between 0 and 2147483647"
-_THREE: _Rule = (lambda value: _numbers(value, 3)), "three numbers, one a channel"
-_THREE_POSITIVE: _Rule = (lambda value: _numbers(value, 3) and min(value) > 0), "three numbers greater than 0"
-_DATA: _Rule = (
-    (lambda value: value == "digits" or (value.startswith(("tfds:", "folder:")) and len(value.split(":", 1)[1]) > 0)),
-    "tfds:NAME, folder:PATH or digits",
-)
-
-_RULES: dict[str, _Rule] = {
-    "seed": _SEED,
-    "epochs": _POSITIVE,
-    "total_updates": _at_least(0),
-    "global_batch": _at_least(1),
-    "micro_batch": _at_least(1),
-    "precision": _one_of("float32", "tf32", "mixed_bfloat16", "mixed_float16"),
-    "strategy": _one_of("auto", "one_device", "mirrored"),
-    "devices": _at_least(0),
-    "max_skipped": _at_least(1),
-    "data.name": _DATA,
-    "data.image_size": _at_least(8),
-    "data.train_size": _at_least(1),
-    "data.eval_size": _at_least(1),
-    "data.num_classes": _at_least(2),
-    "data.max_bad_fraction": _FRACTION,
-    "data.threads": _at_least(0),
-    "augment.crop": _one_of("resize_crop", "random_resized"),
-    "augment.resize_margin": _at_least(0),
-    "augment.scale": (
-        (lambda v: _numbers(v, 2) and 0 < v[0] <= v[1] <= 1),
-        "two fractions of the area, 0 < low <= high <= 1",
-    ),
-    "augment.ratio": ((lambda v: _numbers(v, 2) and 0 < v[0] <= v[1]), "two ratios, 0 < low <= high"),
-    "augment.flip": _FRACTION,
-    "model.seed": _SEED,
-    "model.drop_path": _BELOW_ONE,
-    "model.mean": _THREE,
-    "model.std": _THREE_POSITIVE,
-    "optim.peak_lr": _POSITIVE,
-    "optim.lr_batch": _at_least(0),
-    "optim.schedule": _one_of("cosine", "constant"),
-    "optim.warmup_epochs": _at_least(0),
-    "optim.warmup_lr": _at_least(0),
-    "optim.final_lr": _at_least(0),
-    "optim.weight_decay": _at_least(0),
-    "optim.beta_1": _BELOW_ONE,
-    "optim.beta_2": _BELOW_ONE,
-    "optim.epsilon": _POSITIVE,
-    "optim.clip_norm": _at_least(0),
-    "optim.ema_decay": _BELOW_ONE,
-    "loss.kind": _one_of("ce", "bce"),
-    "loss.smoothing": _BELOW_ONE,
-    "distill.kind": _one_of("none", "soft", "hard"),
-    "distill.alpha": _FRACTION,
-    "distill.tau": _POSITIVE,
-    "distill.form": _one_of("kl", "ce"),
-    "distill.reduction": _one_of("batch", "batch_classes"),
-    "distill.weighting": _one_of("convex", "sum"),
-    "teacher.kind": _one_of("none", "saved_model", "keras_application", "run", "train"),
-    "teacher.image_size": _at_least(0),
-    "teacher.batch": _at_least(1),
-    "teacher.min_accuracy": _FRACTION,
-    "checkpoint.every_updates": _at_least(0),
-    "checkpoint.keep": _at_least(1),
-    "eval.every_updates": _at_least(0),
-    "eval.batch": _at_least(1),
-    "eval.crop_ratio": _FRACTION,
-    "log.every_updates": _at_least(1),
-}
-
-
-def _batch_divides(config) -> str | None:
-    replicas = max(1, config.devices) if config.strategy == "mirrored" else 1  # 0 devices: known once they are counted
-    if config.global_batch % (replicas * config.micro_batch):
-        return (
-            f"global_batch ({config.global_batch}) must be divisible by replicas * micro_batch "
-            f"({replicas} * {config.micro_batch})"
-        )
-    return None
-
-
-def _teacher_fits(config) -> str | None:
-    kind, teacher = config.distill.kind, config.teacher.kind
-    if kind != "none" and teacher == "none":
-        return f"teacher.kind ('none') must name a teacher where distill.kind is {kind!r}"
-    if teacher in ("saved_model", "run") and not config.teacher.path:
-        return f"teacher.path ('') must be given where teacher.kind is {teacher!r}"
-    if teacher == "train" and not len(config.teacher.train):
-        return "teacher.train must hold a configuration where teacher.kind is 'train'"
-    if teacher == "train" and config.teacher.train.teacher.kind == "train":
-        return "teacher.train.teacher.kind ('train') must be another kind: one teacher is trained before a student"
-    if teacher == "train" and config.teacher.train.strategy not in ("auto", config.strategy):
-        return f"teacher.train.strategy ({config.teacher.train.strategy!r}) must be 'auto' or the student's"
-    return None
-
-
-def _sha_is_hex(config) -> str | None:
-    sha = config.teacher.sha256
-    if sha and (len(sha) != 64 or set(sha.lower()) - set("0123456789abcdef")):
-        return f"teacher.sha256 ({sha!r}) must be 64 hexadecimal digits"
-    return None
-
-
-_RELATIONS = (_batch_divides, _teacher_fits, _sha_is_hex)

@@ -16,7 +16,7 @@ import tqdm
 from absl import logging
 
 from deit import errors, runtime, saved, teachers
-from deit.data import sources, stream
+from deit.data import sources, stream, unreadable
 from deit.models import factory, paths
 from deit.teachers import report as teacher_report
 
@@ -61,21 +61,28 @@ def measure(
     classes: tuple[str, ...],
     *,
     teacher_labels: np.ndarray | None = None,
+    source: sources.Source | None = None,
 ) -> Report:
-    """Run `predict` over evaluation batches and count.
+    """Run `predict` over evaluation batches and count. With `source`, what could not be read is named in the log.
 
     `teacher_labels`: int [number of batches * B], the teacher's answers in the same order; adds
     `eval/teacher_agreement`, the fraction of images on which the fused student says what the teacher says.
     """
-    answers, labels, weights, times = [], [], [], [time.perf_counter()]
+    answers, labels, weights, lost, times = [], [], [], [], [time.perf_counter()]
     for batch in tqdm.tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
         answers.append({name: value.numpy() for name, value in predict(batch["image"]).items()})
         labels.append(batch["label"].numpy())
         weights.append(batch["weight"].numpy())
+        if source is not None:
+            lost += [p for p in batch["position"].numpy()[weights[-1] == 0].tolist() if p >= 0]  # below 0: padding
         times.append(time.perf_counter())
     kept = np.concatenate(weights) > 0
     label = np.concatenate(labels)[kept]
     answer = {name: np.concatenate([part[name] for part in answers])[kept] for name in answers[0]}
+
+    if lost:
+        names = unreadable.listed([source.name(index) for index in lost])
+        logging.warning("%d of %d images were read and evaluated, not: %s", len(label), len(source), names)
 
     count = max(1, len(label))
     metrics = {f"eval/{name}": float((given == label).sum() / count) for name, given in answer.items()}
@@ -114,13 +121,14 @@ def student(
     predict: Predict | None = None,
     averages: Mapping[str, np.ndarray] | None = None,
     teacher_labels: np.ndarray | None = None,
+    source: sources.Source | None = None,
 ) -> Report:
     """Measure a student with its raw weights and, where `averages` (own path -> EMA) are given, with those.
 
-    `predict`: `predictor(network)`, to trace it once for many evaluations.
+    `predict`: `predictor(network)`, to trace it once for many evaluations; `source`: as in `measure`.
     """
     predict = predict or predictor(network)
-    report = measure(predict, batches, classes, teacher_labels=teacher_labels)
+    report = measure(predict, batches, classes, teacher_labels=teacher_labels, source=source)
     if averages:
         with averaged(paths.variables(network.model), averages):
             metrics = measure(predict, batches, classes).metrics
@@ -156,7 +164,7 @@ def checkpointed(path: str | Path, *, data_dir: str = "", teacher_path: str = ""
     except errors.UserError as error:
         logging.warning("no teacher agreement: %s", error)
     averages = {name.removeprefix("ema/"): value for name, value in opened.tensors.items() if name.startswith("ema/")}
-    report = student(opened.network, batches, classes, averages=averages, teacher_labels=labels)
+    report = student(opened.network, batches, classes, averages=averages, teacher_labels=labels, source=source)
     report.metrics.update(gate)
     return opened.step, report
 

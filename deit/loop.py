@@ -18,10 +18,10 @@ from ml_collections import FrozenConfigDict
 
 import deit
 from configs import base
-from deit import checkpoint, errors, evaluate, pictures, plan, summaries, teachers, train_step
+from deit import checkpoint, contact_sheet, errors, evaluate, pictures, plan, summaries, teachers, train_step
 from deit import config as configuration
 from deit import workdir as run_directory
-from deit.data import sources, stream
+from deit.data import sources, stream, unreadable
 from deit.models import factory
 from deit.teachers import report as teacher_report
 
@@ -125,12 +125,14 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
         writer.text(0, "config", f"```json\n{configuration.to_json(config)}\n```")
         if measured:
             writer.scalars(0, measured)
+        writer.image(0, "train/views", contact_sheet.draw(job.train_source, config))
     else:
         logging.info("continuing %s after update %d of %d", workdir, step, total)
 
     # --- The loop -------------------------------------------------------------------------------------------
     update = train_step.make(config, strategy, state, teacher)
     predict = evaluate.predictor(network)
+    lost = unreadable.Unreadable(job.train_source, config)
     saver = checkpoint.Saver(
         workdir, config_json=configuration.to_json(config), keep=config.checkpoint.keep, versions=written_by
     )
@@ -143,18 +145,18 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
             at_exit.callback(close)
         while step < total:
             batch = next(iterator)
-            if step == 0:
-                writer.image(0, "train/first_batch", first_batch(batch, strategy, config.resolved.classes))
             rate = float(learning_rate(step))
             vector = update(batch).numpy()  # the one read of the device an update
             step += 1
             guard(config, vector, step)
+            if missing(config, vector):
+                lost.note(*(local(strategy, batch[name]) for name in ("position", "weight")))
+                lost.check(state.bad_images.numpy(), step)
             due = due_at(step, total)
 
             line: dict[str, float] = {}
             if due(config.log.every_updates):
                 line = train_metrics(config, vector, rate, state)
-                check_readable(config, line["data/bad_images"], step)
                 line["perf/images_per_sec"] = progress.rate(step)
             progress.show(step, line)
 
@@ -169,6 +171,7 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
                     predict=predict,
                     averages={path: variable.numpy() for path, variable in state.ema},
                     teacher_labels=teacher_labels,
+                    source=job.eval_source,
                 )
                 metrics = report.metrics
                 line.update(metrics)
@@ -295,20 +298,14 @@ def guard(config, vector: np.ndarray, step: int) -> None:
         )
 
 
-def check_readable(config, bad_images: float, step: int) -> None:
-    """Raise UserError once more than max_bad_fraction of what was read, or of one epoch, was unreadable."""
-    read = max(step * config.global_batch, config.resolved.train_size)
-    if bad_images > config.data.max_bad_fraction * read:
-        raise errors.UserError(
-            f"data.max_bad_fraction ({config.data.max_bad_fraction}) allows {config.data.max_bad_fraction * read:.0f} "
-            f"unreadable images by update {step}, there were {bad_images:.0f}"
-        )
+def missing(config, vector: np.ndarray) -> bool:
+    """Tell whether an update met images that could not be read."""
+    return vector[train_step.METRICS.index("data/weight")] < config.global_batch
 
 
-def first_batch(batch, strategy: tf.distribute.Strategy, classes) -> np.ndarray:
-    """Return a picture of the first training images as the student sees them."""
-    images, labels = (strategy.experimental_local_results(batch[name])[0][:16] for name in ("image", "label"))
-    return pictures.batch(images.numpy(), labels.numpy(), classes)
+def local(strategy: tf.distribute.Strategy, value) -> list[np.ndarray]:
+    """Return what this process's replicas hold of a batch's field."""
+    return [part.numpy() for part in strategy.experimental_local_results(value)]
 
 
 def headline(metrics: dict[str, float]) -> str:

@@ -1,32 +1,36 @@
-"""Pictures for TensorBoard, uint8 [H, W, 3]: a batch as the student sees it, a confusion matrix.
+"""Pictures for TensorBoard and files, uint8 [H, W, 3]: a sheet of training views, a confusion matrix.
 
 Figure objects without pyplot: no global state, no display, no picture left open over a long run.
 """
 
-import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.backends import backend_agg
 from matplotlib.figure import Figure
 
-MAX_IMAGES = 16
+WRAP = 34  # characters of a line above a picture
+MAX_LINES = 3
 MAX_NUMBERS = 20  # classes up to which a cell shows its count
 MAX_NAMES = 60  # classes up to which the axes show their names
 DPI = 100
 
 
-def batch(images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Draw the first 16 of uint8 images [N, S, S, 3] in a grid, each under the name of its class."""
-    count = min(len(images), MAX_IMAGES)
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(2.2 * columns, 2.4 * rows), dpi=DPI, layout="constrained")
-    for i in range(count):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        axes.imshow(images[i], interpolation="nearest")
-        axes.set_title(_short(classes[int(labels[i])]), fontsize=9)
+def sheet(rows: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]]) -> np.ndarray:
+    """Draw pictures uint8 [H, W, 3] in rows, each with its lines of words above it; the first column stands apart."""
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(2.3 * columns, 2.95 * len(rows)), dpi=DPI, layout="constrained")
+    grid = figure.subplots(
+        len(rows), columns, squeeze=False, gridspec_kw={"width_ratios": [1.15] + [1] * (columns - 1)}
+    )
+    for axes in grid.flat:
         axes.set_axis_off()
+    for row, places in zip(rows, grid):
+        for (image, (title, *words)), axes in zip(row, places):
+            axes.imshow(image, interpolation="nearest")
+            lines = [line for text in words for line in textwrap.wrap(text, WRAP)[:MAX_LINES]]
+            axes.set_title(_literal("\n".join([*textwrap.wrap(title, WRAP), *lines])), fontsize=7.5)
     return _drawn(figure)
 
 
@@ -54,8 +58,11 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
 
 
 def _short(name: str) -> str:
-    # A dollar sign would start a formula, and a broken formula is an exception.
-    return (name if len(name) <= 20 else name[:19] + "…").replace("$", r"\$")
+    return _literal(name if len(name) <= 20 else name[:19] + "…")
+
+
+def _literal(text: str) -> str:
+    return text.replace("$", r"\$")  # a dollar sign would start a formula, and a broken formula is an exception
 
 
 def _drawn(figure: Figure) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from deit import ema, losses, optim
+from deit.data import mixing
 from deit.models import factory, paths
 
 GROWTH_UPDATES = 2000  # finite updates after which mixed_float16 doubles its loss scale
@@ -162,17 +163,18 @@ def gradient_function(config, state: TrainState, teacher) -> Callable:
     """Return the replica function: batch -> (all-reduced gradients, METRICS without the last)."""
     micro, accum = config.micro_batch, config.resolved.accum_steps
     global_batch = float(config.global_batch)
+    classes = len(config.resolved.classes)
     variables = [variable for _, variable in state.trainable]
 
     def micro_gradients(batch, targets, i):
         rows = slice(i * micro, (i + 1) * micro)
         weight = batch["weight"][rows]  # [b]
-        images = tf.cast(batch["image"][rows], tf.float32)  # [b, S, S, 3]
+        images = mixing.images(batch, i * micro, micro)  # [b, S, S, 3]
         with tf.GradientTape() as tape:
             outputs = state.network.logits(images, batch["drop"][rows])
             parts = losses.objective(
                 outputs,
-                batch["label"][rows],
+                mixing.targets(batch, i * micro, micro, classes),
                 None if targets is None else targets[rows],
                 loss_config=config.loss,
                 distill_config=config.distill,
@@ -182,7 +184,7 @@ def gradient_function(config, state: TrainState, teacher) -> Callable:
         return tape.gradient(scaled, variables), tf.stack([*sums, tf.reduce_sum(weight)])
 
     def gradients(batch):
-        targets = _targets(config, teacher, batch["image"])
+        targets = _targets(config, teacher, batch)
         zeros = [tf.zeros(variable.shape, tf.float32) for variable in variables]
 
         def body(i, total, sums):
@@ -230,31 +232,32 @@ def _apply(config, state: TrainState) -> Callable:
     return apply
 
 
-def _targets(config, teacher, images: tf.Tensor) -> tf.Tensor | None:
+def _targets(config, teacher, batch: dict[str, tf.Tensor]) -> tf.Tensor | None:
     """Return what the teacher says of a slice: labels int32 [N] (hard), logits [N, C] (soft), None without one.
 
-    The whole slice is labelled before the micro-batch loop, in chunks of at most teacher.batch, so that the
-    teacher's batch is its own and only labels or logits stay in memory.
+    The teacher sees what the student sees: the mixed pictures. The whole slice is labelled before the micro-batch
+    loop, in chunks of at most teacher.batch, so that the teacher's batch is its own, one chunk is held in float32
+    at a time, and only labels or logits stay in memory.
     """
     if config.distill.kind == "none":
         return None
-    size = images.shape[0]
+    size = batch["image"].shape[0]
     chunk = min(size, config.teacher.batch)
-    whole = size - size % chunk  # the images in full chunks; the rest is one call more
+    count = size // chunk  # full chunks; the rest is one call more
 
-    def label(part):
-        logits = tf.stop_gradient(teacher.logits(tf.cast(part, tf.float32)))
+    def label(start, images):
+        logits = tf.stop_gradient(teacher.logits(mixing.images(batch, start, images)))
         return tf.argmax(logits, -1, output_type=tf.int32) if config.distill.kind == "hard" else logits
 
     if chunk == size:
-        return label(images)
-    parts = tf.reshape(images[:whole], [whole // chunk, chunk, *images.shape[1:]])
+        return label(0, size)
     spec = tf.TensorSpec([chunk], tf.int32)
     if config.distill.kind == "soft":
         spec = tf.TensorSpec([chunk, teacher.num_classes], tf.float32)
-    targets = tf.map_fn(label, parts, fn_output_signature=spec, parallel_iterations=1)
-    targets = tf.reshape(targets, [whole, *spec.shape[1:]])
-    if whole == size:
-        return targets
-    with tf.control_dependencies([targets]):  # not at once with the loop: that would hold two sets of activations
-        return tf.concat([targets, label(images[whole:])], 0)
+    starts = tf.range(count) * chunk
+    said = tf.map_fn(lambda start: label(start, chunk), starts, fn_output_signature=spec, parallel_iterations=1)
+    said = tf.reshape(said, [count * chunk, *spec.shape[1:]])
+    if count * chunk == size:
+        return said
+    with tf.control_dependencies([said]):  # not at once with the loop: that would hold two sets of activations
+        return tf.concat([said, label(count * chunk, size - count * chunk)], 0)

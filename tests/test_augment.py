@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from deit.data import augment
+from deit.data import augment, decode
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -34,40 +34,40 @@ def mean_difference(a, b) -> float:
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
 def test_lossless_formats_decode_to_the_same_pixels(kind):
     image = picture(21, 34)
-    np.testing.assert_array_equal(augment.decode(encode(image, kind)), image)
+    np.testing.assert_array_equal(decode.decode(encode(image, kind)), image)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG"])
 def test_grey_images_become_three_equal_channels(kind):
     grey = picture(16, 24)[..., 0]
-    got = augment.decode(encode(grey, kind, **({"quality": 100} if kind == "JPEG" else {}))).numpy()
+    got = decode.decode(encode(grey, kind, **({"quality": 100} if kind == "JPEG" else {}))).numpy()
     assert got.shape == (16, 24, 3)
     np.testing.assert_allclose(got, np.repeat(grey[..., None], 3, -1), atol=2)
 
 
 def test_jpeg_decodes_as_in_pillow():
     data = encode(picture(75, 101), "JPEG", quality=88)
-    assert mean_difference(augment.decode(data), Image.open(io.BytesIO(data))) <= 0.1
+    assert mean_difference(decode.decode(data), Image.open(io.BytesIO(data))) <= 0.1
 
 
 def test_first_frame_of_an_animation_is_taken():
     frames = [Image.fromarray(np.full([8, 9, 3], value, np.uint8)) for value in (40, 200)]
     out = io.BytesIO()
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
-    got = augment.decode(out.getvalue()).numpy()
+    got = decode.decode(out.getvalue()).numpy()
     assert got.shape == (8, 9, 3) and (got == 40).all()
 
 
 def test_alpha_is_dropped():
     image = picture(9, 9)
     rgba = np.concatenate([image, np.full([9, 9, 1], 128, np.uint8)], -1)
-    np.testing.assert_array_equal(augment.decode(encode(rgba, "PNG")), image)
+    np.testing.assert_array_equal(decode.decode(encode(rgba, "PNG")), image)
 
 
 @pytest.mark.parametrize("bad", [b"", b"no image", encode(picture(64, 64), "JPEG")[:500]])
 def test_bytes_that_are_no_image_are_an_error(bad):
     with pytest.raises(tf.errors.InvalidArgumentError):
-        augment.decode(bad)
+        decode.decode(bad)
 
 
 @pytest.mark.parametrize("shape", [(180, 240), (240, 180), (30, 50)])
@@ -164,6 +164,37 @@ def test_random_resized_crop_is_pillows_resize_of_its_window(kind):
         assert mean_difference(got, expected) <= 1.0
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF"])
+def test_size_limit_holds_on_the_header_before_anything_is_decoded(kind):
+    data = encode(picture(30, 50), kind, **({"quality": 95} if kind == "JPEG" else {}))
+    assert decode.size(data).numpy().tolist() == [30, 50]
+    options = {"size": 8, "scale": (0.5, 1.0), "ratio": (1.0, 1.0)}
+    for limit in (0, 1500):
+        assert decode.decode(data, max_pixels=limit).shape == (30, 50, 3)
+        assert augment.random_resized_crop(data, seeds(1)[0], max_pixels=limit, **options).shape == (8, 8, 3)
+    header = data[: len(data) * 3 // 4]  # what follows is missing, so only the header can have been read
+    for encoded in (data, header):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"data\.max_pixels"):
+            decode.decode(encoded, max_pixels=1499)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"data\.max_pixels"):
+            augment.random_resized_crop(encoded, seeds(1)[0], max_pixels=1499, **options)
+
+
+def test_top_down_bmp_has_a_size_too():
+    data = bytearray(encode(picture(30, 50), "BMP"))
+    data[22:26] = (-30).to_bytes(4, "little", signed=True)
+    assert decode.size(bytes(data)).numpy().tolist() == [30, 50]
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(150, 181), (64, 300), (31, 17), (224, 224)])
+def test_resize_is_tensorflows_antialiased_resize(method, shape):
+    image = picture(*shape)
+    reference = tf.image.resize(image, [97, 112], method=method, antialias=True)
+    got = augment.resize(image, 97, 112, method=method).numpy().astype(int)
+    assert np.abs(got - np.clip(reference, 0, 255)).max() <= 0.5 + 1e-3  # the rounding, and float32's
+
+
 def test_flip_mirrors_with_its_probability():
     image = picture(4, 6)
     flipped = tf.function(lambda seed: augment.flip(image, seed, probability=0.25))
@@ -178,8 +209,23 @@ def test_flip_mirrors_with_its_probability():
     np.testing.assert_array_equal(augment.flip(image, seeds(1)[0], probability=1.0), image[:, ::-1])
 
 
-def test_high_bits_of_a_position_make_another_seed():
-    base = tf.constant([3, 1], tf.int64)
-    positions = [0, 1, 2**31, 2**32, 2**32 + 1, 2**40]
-    drawn = {float(tf.random.stateless_uniform([], augment.draw_seed(base, p))) for p in positions}
-    assert len(drawn) == len(positions)
+def test_every_run_purpose_position_and_draw_has_a_seed_of_its_own():
+    drawn = {
+        float(tf.random.stateless_uniform([], augment.draw_seed(augment.seed_of(run, purpose, position), draw)))
+        for run in (0, 1, 2**31 - 1)
+        for purpose in (1, 2, 3)
+        for position in (0, 1, 2**31, 2**32, 2**32 + 1, 2**40)
+        for draw in (1, 2, 8)
+    }
+    assert len(drawn) == 3 * 3 * 6 * 3
+
+
+def test_neighbouring_seeds_are_uncorrelated():
+    def drawn(offset):
+        seed = augment.seed_of(5, 1, 0)
+        draw = tf.function(lambda p: tf.random.stateless_uniform([], seed + tf.stack([tf.constant(0, tf.int64), p])))
+        return np.array([draw(tf.constant(p, tf.int64)) for p in range(offset, offset + 2000)])
+
+    values = drawn(0)
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 4 / 2000**0.5
+    assert abs(values.mean() - 0.5) < 4 * (1 / 12 / 2000) ** 0.5

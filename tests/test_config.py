@@ -7,7 +7,7 @@ import pytest
 
 from configs import base, deit_tiny_flowers, quickstart, teacher_flowers
 from deit import config as configuration
-from deit import errors
+from deit import errors, rules
 
 PRESETS = {
     "base": base.get_config,
@@ -30,7 +30,7 @@ def changed(**fields):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid_locked_and_has_exactly_the_fields_of_base(name):
     config = PRESETS[name]()
-    configuration.validate(config)
+    rules.validate(config)
     assert {key for key, _ in configuration.flatten(config)} == {
         key for key, _ in configuration.flatten(base.get_config())
     }
@@ -43,7 +43,10 @@ BAD = {
     "seed": -1, "epochs": 0.0, "total_updates": -1, "global_batch": 0, "micro_batch": 0, "precision": "float64",
     "strategy": "all", "devices": -1, "max_skipped": 0, "data.name": "flowers", "data.image_size": 4,
     "data.train_size": 0, "data.eval_size": 0, "data.num_classes": 1, "data.max_bad_fraction": 1.5,
-    "data.threads": -1, "augment.crop": "centre", "augment.resize_margin": -1, "augment.scale": (0.5, 0.1),
+    "data.threads": -1, "data.split_seed": -1, "data.max_ram_bytes": 0, "data.max_pixels": 0,
+    "augment.randaugment": "rand-m9-mstd0.5", "augment.jitter": 1.5, "augment.erasing": -0.25, "augment.mixup": -0.8,
+    "augment.cutmix": -1.0, "augment.mix_prob": 2.0, "augment.mix_switch": -1.0, "augment.mix_group": 1,
+    "augment.repeats": 0, "augment.crop": "centre", "augment.resize_margin": -1, "augment.scale": (0.5, 0.1),
     "augment.ratio": (2.0, 1.0), "augment.flip": 1.1, "model.seed": -3, "model.drop_path": 1.0,
     "model.mean": (0.5,), "model.std": (1.0, 1.0, 0.0), "optim.peak_lr": 0.0, "optim.lr_batch": -1,
     "optim.schedule": "linear", "optim.warmup_epochs": -1.0, "optim.warmup_lr": -1.0, "optim.final_lr": -1.0,
@@ -58,8 +61,8 @@ BAD = {
 # Any value is legal, or the value is checked against the machine: paths, names of networks, booleans, free text.
 UNBOUNDED = {
     "data.data_dir", "data.train_split", "data.eval_split", "model.variant", "model.backbone", "model.weights",
-    "model.cut", "optim.decay_coupled", "optim.decay_exclude", "optim.amsgrad", "teacher.path", "teacher.name",
-    "teacher.weights",
+    "model.cut", "optim.decay_coupled", "optim.decay_exclude", "optim.amsgrad", "augment.three_augment",
+    "teacher.path", "teacher.name", "teacher.weights",
 }  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def test_every_field_of_base_has_a_bad_value_or_a_reason_to_have_none():
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_value_is_refused_with_its_name_and_value(name):
     with pytest.raises(errors.UserError) as caught:
-        configuration.validate(changed(**{name: BAD[name]}))
+        rules.validate(changed(**{name: BAD[name]}))
     assert name in str(caught.value)
     assert str(BAD[name]) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -79,33 +82,33 @@ def test_a_bad_value_is_refused_with_its_name_and_value(name):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_is_refused(value):
     with pytest.raises(errors.UserError, match=r"optim.weight_decay .* must be finite"):
-        configuration.validate(changed(**{"optim.weight_decay": value}))
+        rules.validate(changed(**{"optim.weight_decay": value}))
 
 
 def test_a_misspelt_choice_is_answered_with_the_nearest_one():
     with pytest.raises(errors.UserError, match="did you mean mixed_bfloat16"):
-        configuration.validate(changed(precision="mixed_bfloat"))
+        rules.validate(changed(precision="mixed_bfloat"))
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_both_numbers():
     with pytest.raises(
         errors.UserError, match=r"global_batch \(250\) must be divisible by replicas \* micro_batch \(1 \* 16\)"
     ):
-        configuration.validate(changed(global_batch=250))
+        rules.validate(changed(global_batch=250))
     with pytest.raises(errors.UserError, match=r"global_batch \(256\) must be .* replicas \* micro_batch \(3 \* 16\)"):
         resolve(base.get_config(), replicas=3)
 
 
 def test_distillation_without_a_teacher_is_refused():
     with pytest.raises(errors.UserError, match=r"teacher.kind \('none'\) must name a teacher"):
-        configuration.validate(changed(**{"distill.kind": "hard"}))
+        rules.validate(changed(**{"distill.kind": "hard"}))
 
 
 def test_a_bad_value_of_a_nested_teacher_is_named_in_full():
     config = quickstart.get_config("")
     config.teacher.train.loss.smoothing = 2.0
     with pytest.raises(errors.UserError, match=r"teacher\.train\.loss\.smoothing"):
-        configuration.validate(config)
+        rules.validate(config)
 
 
 def test_twenty_epochs_of_the_flowers_are_258_updates_of_256():
@@ -135,7 +138,7 @@ def test_json_there_and_back_is_the_same_configuration(name):
     back = configuration.from_json(text, base.get_config())
     assert configuration.difference(config, back) == []
     assert json.loads(configuration.to_json(back)) == json.loads(text)
-    configuration.validate(back)
+    rules.validate(back)
 
 
 def test_a_recorded_field_that_is_gone_is_refused_with_the_nearest_name():
@@ -164,3 +167,27 @@ def test_a_changed_field_of_the_nested_teacher_is_a_difference():
     one, other = quickstart.get_config(""), quickstart.get_config("")
     other.teacher.train.epochs = 9.0
     assert configuration.difference(resolve(one), resolve(other)) == ["teacher.train.epochs: 8.0 -> 9.0"]
+
+
+def test_augmentations_that_exclude_each_other_are_refused():
+    policy = "rand-m9-mstd0.5-inc1"
+    with pytest.raises(errors.UserError, match=r"augment\.three_augment \(True\) must be False"):
+        rules.validate(changed(**{"augment.randaugment": policy, "augment.three_augment": True}))
+    with pytest.raises(errors.UserError, match=r"augment\.jitter \(0\.3\) must be 0"):
+        rules.validate(changed(**{"augment.randaugment": policy, "augment.jitter": 0.3}))
+
+
+def test_randaugment_is_read_in_timms_notation():
+    assert rules.randaugment_policy("rand-m9-mstd0.5-inc1") == rules.Policy(magnitude=9.0, std=0.5, num_ops=2)
+    assert rules.randaugment_policy("rand-m7-n3-inc1") == rules.Policy(magnitude=7.0, std=0.0, num_ops=3)
+    for text in ("rand-m11-inc1", "rand-m9-n0-inc1", "rand-inc1", "augmix", "rand-m9-inc0"):
+        with pytest.raises(errors.UserError, match=r"augment\.randaugment"):
+            rules.validate(changed(**{"augment.randaugment": text}))
+
+
+def test_a_mixing_group_must_divide_a_replicas_share_and_only_where_examples_are_mixed():
+    rules.validate(changed(**{"augment.mix_group": 48}))
+    with pytest.raises(errors.UserError, match=r"augment\.mix_group \(48\) must divide .*\(256 / 1\)"):
+        rules.validate(changed(**{"augment.mix_group": 48, "augment.mixup": 0.8}))
+    with pytest.raises(errors.UserError, match=r"\(256 / 8\)"):
+        resolve(changed(**{"augment.cutmix": 1.0}), replicas=8)

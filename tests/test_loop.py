@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from configs import base
 from deit import config as configuration
-from deit import errors, loop, summaries, train_step
+from deit import errors, loop, rules, summaries, train_step
 from deit.data import sources
 
 BATCH, TRAIN_SIZE = 32, 1347  # three quarters of the 1797 digits
@@ -25,7 +25,7 @@ def make_config(**changes):
     c.augment.resize_margin, c.global_batch, c.micro_batch, c.total_updates = 4, BATCH, 8, 2
     c.eval.batch = 150  # a third of the 450 that are held out
     c.update_from_flattened_dict(changes)
-    configuration.validate(c)
+    rules.validate(c)
     return c
 
 
@@ -93,19 +93,6 @@ def test_an_applied_update_passes_the_guard_in_silence(caplog):
     assert caplog.records == []
 
 
-# (update, most unreadable images allowed): 1 % of an epoch's 1347, later of what was read, 32 an update.
-@pytest.mark.parametrize(("step", "most"), [(1, 13), (42, 13), (100, 32), (1000, 320)])
-def test_more_unreadable_images_than_the_limit_end_the_run(step, most):
-    config = types.SimpleNamespace(
-        global_batch=BATCH,
-        data=types.SimpleNamespace(max_bad_fraction=0.01),
-        resolved=types.SimpleNamespace(train_size=TRAIN_SIZE),
-    )
-    loop.check_readable(config, float(most), step)
-    with pytest.raises(errors.UserError, match=r"data\.max_bad_fraction \(0\.01\)"):
-        loop.check_readable(config, float(most + 1), step)
-
-
 @pytest.mark.parametrize(
     ("step", "every", "due"),
     [
@@ -165,9 +152,9 @@ def test_the_event_file_shows_curves_pictures_and_the_configuration(finished, na
     events.Reload()
     curve = {event.step: event.value for event in events.Scalars("train/loss")}
     assert curve == {line["step"]: np.float32(line["train/loss"]) for line in lines_of(workdir)}
-    assert [event.step for event in events.Images("train/first_batch")] == [0]
+    assert [event.step for event in events.Images("train/views")] == [0]
     assert [event.step for event in events.Images("eval/confusion")] == [2]
-    for tag in ("train/first_batch", "eval/confusion"):
+    for tag in ("train/views", "eval/confusion"):
         picture = tf.io.decode_png(events.Images(tag)[0].encoded_image_string).numpy()
         assert min(picture.shape[:2]) > 64 and picture.std() > 1, tag
     (text,) = events.Tensors("config")
@@ -190,3 +177,37 @@ def test_a_teacher_below_its_least_accuracy_leaves_no_trace_of_the_run(finished,
     with pytest.raises(errors.UserError, match=r"teacher\.min_accuracy \(1\).*of 450 images"):
         train(config, tmp_path / "student", devices.one_device())
     assert list((tmp_path / "student").iterdir()) == []
+
+
+def test_unreadable_pictures_are_named_once_counted_and_too_many_end_the_run(tmp_path, caplog):
+    flowers = tmp_path / "pictures"
+    rng = np.random.RandomState(0)
+    for split, count in (("train", 10), ("val", 4)):
+        for name in ("daisy", "rose"):
+            (flowers / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.randint(0, 256, [40, 40, 3]).astype(np.uint8)
+                tf.io.write_file(str(flowers / split / name / f"{i}.png"), tf.io.encode_png(pixels))
+    for bad in ("train/daisy/3.png", "train/rose/7.png", "val/rose/1.png"):
+        (flowers / bad).write_bytes(b"this is no picture")
+    fields = {
+        "data.name": f"folder:{flowers}",
+        "data.train_split": "train",
+        "data.eval_split": "val",
+        "global_batch": 20,
+        "micro_batch": 20,
+        "total_updates": 3,  # three epochs
+        "eval.every_updates": 0,
+    }
+    with caplog.at_level(logging.WARNING):
+        train(make_config(**fields, **{"data.max_bad_fraction": 0.1}), tmp_path / "enough", devices.one_device())
+    assert [line["data/bad_images"] for line in lines_of(tmp_path / "enough")] == [2, 4, 6]
+    named = [record.getMessage() for record in caplog.records if "can't be read" in record.getMessage()]
+    assert sorted(line.split()[1] for line in named) == ["train/daisy/3.png", "train/rose/7.png"]
+    assert "7 of 8 images were read and evaluated, not: val/rose/1.png" in caplog.text
+    assert lines_of(tmp_path / "enough")[-1]["eval/images"] == 7
+    with pytest.raises(
+        errors.UserError, match=r"data\.max_bad_fraction \(0\.09\) .* by update 1, there were 2"
+    ) as caught:
+        train(make_config(**fields, **{"data.max_bad_fraction": 0.09}), tmp_path / "less", devices.one_device())
+    assert "train/daisy/3.png" in str(caught.value) and "train/rose/7.png" in str(caught.value)

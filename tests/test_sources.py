@@ -1,17 +1,15 @@
 """Data sets: what is opened, in which order, and the one line for what cannot be."""
 
 import os
-import shutil
 
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from sklearn import datasets
 
 from configs import base
 from deit import errors
-from deit.data import sources
+from deit.data import sources, splits
 
 
 def data_config(name: str, **fields):
@@ -66,6 +64,80 @@ def test_folder_split_is_a_sub_folder_where_there_is_one(tmp_path):
     assert sources.sizes(config) == (20, 6, 2)
     with pytest.raises(errors.UserError, match=r"'trian'.*train, val"):
         sources.open_source(config, "trian")
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train", "validation"), ("train", "test")])
+def test_any_name_of_a_split_folder_will_do(tmp_path, names):
+    for name, count in zip(names, (6, 4)):
+        fill(tmp_path / name, count=count)
+    config = data_config(f"folder:{tmp_path}", train_split=names[0], eval_split=names[1])
+    assert sources.sizes(config) == (12, 8, 2) and sources.split_names(config) == tuple(sorted(names))
+
+
+def test_a_folder_without_splits_has_no_test_split_to_evaluate_training_images_on(tmp_path):
+    fill(tmp_path)
+    for split in ("test", "val[:10%]"):
+        with pytest.raises(errors.UserError, match=r"unknown split.*there are train, all, .*train\[:90%\]"):
+            sources.open_source(data_config(f"folder:{tmp_path}"), split)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    fill(tmp_path, classes=("bus", "train"))
+    source = sources.open_source(data_config(f"folder:{tmp_path}"), "train[:90%]")
+    assert source.classes == ("bus", "train") and len(source) == 18
+
+
+def test_a_name_is_the_path_below_the_folder(tmp_path):
+    fill(tmp_path / "train")
+    source = sources.open_source(data_config(f"folder:{tmp_path}"), "train[20%:80%]")
+    encoded, _ = everything(source)
+    for index, data in enumerate(encoded):
+        kind, number = data.decode().split("/")
+        assert source.name(index).startswith(f"train/{kind}/0{number}.")
+
+
+def test_a_file_name_that_is_no_text_can_be_printed(tmp_path):
+    fill(tmp_path, classes=("a",), count=0)
+    (tmp_path / "a" / os.fsdecode(b"ros\xe9.jpg")).write_bytes(b"x")
+    source = sources.open_source(data_config(f"folder:{tmp_path}"), "all")
+    assert source.name(0) == r"a/ros\xe9.jpg" and everything(source) == ([b"x"], [0])
+
+
+def test_images_below_a_class_folder_count_and_the_order_is_by_parts_of_the_path(tmp_path):
+    for name in ("a/b/2.jpg", "a/b.c/1.jpg", "a/a.jpg", "a/.hidden.jpg", "z/1.JPEG", ".cache/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = sources.open_source(data_config(f"folder:{tmp_path}"), "all")
+    order = np.random.RandomState(0).permutation(4)
+    expected = ["a/a.jpg", "a/b/2.jpg", "a/b.c/1.jpg", "z/1.JPEG"]  # by parts: "b" before "b.c"
+    assert everything(source)[0] == [expected[i].encode() for i in order]
+
+
+def test_split_seed_draws_another_slice_and_zero_the_one_of_old(tmp_path):
+    fill(tmp_path)
+    listed = [f"{name}/{k}".encode() for name in "ab" for k in range(10)]
+    found = {}
+    for seed in (0, 1):
+        config = data_config(f"folder:{tmp_path}", split_seed=seed)
+        found[seed] = everything(sources.open_source(config, "all[:75%]"))[0]
+        assert found[seed] == [listed[i] for i in np.random.RandomState(seed).permutation(20)[:15]]
+    assert set(found[0]) != set(found[1])
+    digits = [sources.open_source(data_config("digits", split_seed=s), "test[:50%]") for s in (0, 0, 1)]
+    drawn = [{source.name(i) for i in range(len(source))} for source in digits]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_folder_is_listed_once(tmp_path, monkeypatch):
+    fill(tmp_path, classes=tuple("abcdef"))
+    listed, real = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.fspath(path)) or real(path))
+    sources.open_source(data_config(f"folder:{tmp_path}"), "all")
+    classes = [path for path in listed if path.rstrip(os.sep) != str(tmp_path)]
+    assert sorted(classes) == [str(tmp_path / name) for name in "abcdef"]
+
+
+def test_names_of_a_sum_of_splits():
+    assert splits.names("train[:90%]+test") == ["train", "test"]
 
 
 def test_file_that_vanishes_is_read_as_no_bytes(tmp_path):
@@ -151,6 +223,17 @@ def test_digits_are_scikit_learns_split_in_three_quarters_and_one():
     assert sorted(found) == expected
 
 
+def test_a_digit_is_named_by_its_row_in_scikit_learns_set():
+    source = sources.open_source(data_config("digits"), "test[10%:]")
+    original = datasets.load_digits()
+    encoded, labels = everything(source)
+    for index in (0, 7, 100):
+        row = int(source.name(index).removeprefix("digit "))
+        expected = np.rint(original.images[row] * 255 / 16).astype(np.uint8)
+        np.testing.assert_array_equal(tf.io.decode_png(encoded[index])[..., 0], expected)
+        assert original.target[row] == labels[index]
+
+
 def test_unknown_digits_split_names_those_that_exist():
     with pytest.raises(errors.UserError, match=r"'validation'.*test, train"):
         sources.open_source(data_config("digits"), "validation")
@@ -159,103 +242,3 @@ def test_unknown_digits_split_names_those_that_exist():
 def test_unknown_kind_of_data_names_the_kinds():
     with pytest.raises(errors.UserError, match=r"tfds:NAME, folder:PATH, digits"):
         sources.open_source(data_config("cifar"), "train")
-
-
-# --- tfds:NAME ------------------------------------------------------------------------------------
-
-
-class TinyPictures(tfds.core.GeneratorBasedBuilder):
-    """Eight PNG pictures of 2 x 3 px; the label is the picture's colour modulo 2."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(2, 3, 3)),
-            "label": tfds.features.ClassLabel(names=["even", "odd"]),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(range(8))}
-
-    def _generate_examples(self, colours):
-        for colour in colours:
-            yield colour, {"image": np.full([2, 3, 3], colour, np.uint8), "label": colour % 2}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folders = {}
-    for kind in ("tfrecord", "array_record"):
-        folders[kind] = tmp_path_factory.mktemp(kind)
-        TinyPictures(data_dir=folders[kind], file_format=kind).download_and_prepare()
-    return folders
-
-
-def colours(source, indices) -> list[tuple[int, int]]:
-    encoded, labels = source.read(np.asarray(indices))
-    return [(int(tf.io.decode_png(data)[0, 0, 0]), int(label)) for data, label in zip(encoded, labels)]
-
-
-@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
-def test_prepared_data_is_read_by_index_in_tfds_own_order(prepared, kind):
-    config = data_config(
-        "tfds:tiny_pictures",
-        data_dir=str(prepared[kind]),
-        train_split="train[:75%]",
-        eval_split="train[75%:]",
-    )
-    assert sources.sizes(config) == (6, 2, 2)
-    builder = tfds.builder("tiny_pictures", data_dir=str(prepared["tfrecord"]))
-    expected = [
-        (int(record["image"][0, 0, 0]), int(record["label"]))
-        for record in builder.as_dataset("train", shuffle_files=False).as_numpy_iterator()
-    ]
-    train, held_out = (sources.open_source(config, s) for s in (config.train_split, config.eval_split))
-    assert train.classes == ("even", "odd")
-    assert colours(train, range(6)) + colours(held_out, range(2)) == expected
-    assert colours(train, [4, 0, 4]) == [expected[4], expected[0], expected[4]]
-
-
-@pytest.mark.parametrize("split", ["test", "train[5%", "train[:0%]"])
-def test_unknown_tfds_split_is_refused_with_the_splits_that_exist(prepared, split):
-    config = data_config("tfds:tiny_pictures", data_dir=str(prepared["tfrecord"]))
-    with pytest.raises(errors.UserError, match="train"):
-        sources.open_source(config, split)
-
-
-def test_tfrecord_data_above_the_memory_limit_names_the_command_that_prepares_it_otherwise(prepared, monkeypatch):
-    monkeypatch.setattr(sources, "MEMORY_LIMIT", 100)
-    with pytest.raises(errors.UserError, match=r"tiny_pictures.*file_format='array_record'.*download_and_prepare"):
-        sources.open_source(data_config("tfds:tiny_pictures", data_dir=str(prepared["tfrecord"])), "train")
-    assert (
-        len(sources.open_source(data_config("tfds:tiny_pictures", data_dir=str(prepared["array_record"])), "train"))
-        == 8
-    )
-
-
-def test_absent_tfds_data_names_the_three_ways_on(tmp_path, monkeypatch):
-    def no_network(*_, **__):
-        raise ConnectionError("Failed to resolve the server\nTraceback and more")
-
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
-    config = data_config("tfds:tf_flowers", data_dir=str(tmp_path))
-    assert sources.sizes(config) is None
-    with pytest.raises(errors.UserError) as error:
-        sources.open_source(config, "train[:90%]")
-    line = str(error.value)
-    assert "\n" not in line and "Failed to resolve the server" in line
-    assert all(way in line for way in ("--config.data.data_dir=", "folder:PATH", "make quickstart"))
-
-
-@pytest.mark.parametrize("lost", ["dataset_info.json", "tiny_pictures-train*"])
-def test_incomplete_preparation_is_one_clear_line(prepared, tmp_path, lost):
-    shutil.copytree(prepared["tfrecord"], tmp_path / "data")
-    (path,) = (tmp_path / "data").rglob(lost)
-    path.unlink()
-    with pytest.raises(errors.UserError, match=r"tfds:tiny_pictures.*incomplete or damaged") as error:
-        sources.open_source(data_config("tfds:tiny_pictures", data_dir=str(tmp_path / "data")), "train")
-    assert "\n" not in str(error.value)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from configs import base
-from deit.data import augment, sources, stream
+from configs import base, deit_tiny_flowers
+from deit.data import augment, decode, sources, stream
 
 N, BATCH, SIZE = 12, 8, 16
 
@@ -102,19 +102,95 @@ def test_slices_put_side_by_side_are_the_whole():
         assert_equal({name: np.concatenate([part[k][name] for part in parts]) for name in expected}, expected)
 
 
-def test_thread_count_changes_nothing():
-    config = small_config()
-    config.data.threads = 1
-    for got, expected in zip(collect(2, config=config), collect(2)):
+def everything_on(**fields):
+    """Return a configuration with every augmentation: three views an example, RandAugment, erasing, mixing by twos."""
+    config = deit_tiny_flowers.get_config("full")
+    config.global_batch, config.data.image_size, config.seed, config.augment.mix_group = 24, SIZE, 5, 2
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+DEIT_III = {"augment.randaugment": "", "augment.three_augment": True, "augment.jitter": 0.3, "augment.crop": "simple"}
+
+
+@pytest.mark.parametrize("fields", [{}, DEIT_III], ids=["deit", "deit-iii"])
+def test_start_at_any_update_is_the_tail_of_the_whole_with_every_augmentation_on(fields):
+    config, source = everything_on(global_batch=4, **fields), small_source(bad=[3])
+    whole = collect(6, source, config, size=4)  # two epochs of 12
+    assert {"mix_lambda", "mix_partner", "mix_box"} < whole[0].keys()
+    for start in range(6):
+        for got, expected in zip(collect(6 - start, source, config, start=start, size=4), whole[start:]):
+            assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_the_slices_of_workers_in_order_are_the_single_workers_batch_with_every_augmentation_on(workers):
+    config, source = everything_on(), small_source(bad=[3])
+    whole = collect(2, source, config, start=1, size=24)
+    size = 24 // workers
+    parts = [collect(2, source, config, start=1, first=i * size, size=size) for i in range(workers)]
+    for k, expected in enumerate(whole):
+        assert_equal({name: np.concatenate([part[k][name] for part in parts]) for name in expected}, expected)
+
+
+def test_thread_counts_change_no_byte():
+    source, whole = small_source(), collect(3, config=everything_on(), size=24)
+    for threads in (1, 2, 7):
+        for got, expected in zip(collect(3, source, everything_on(**{"data.threads": threads}), size=24), whole):
+            assert_equal(got, expected)
+
+
+def test_micro_batch_is_nothing_that_the_stream_knows():
+    for got, expected in zip(
+        collect(2, config=everything_on(micro_batch=2), size=24),
+        collect(2, config=everything_on(micro_batch=24), size=24),
+    ):
         assert_equal(got, expected)
+
+
+@pytest.mark.parametrize(("repeats", "n"), [(3, 12), (3, 11), (5, 12), (2, 7)])
+def test_repeats_show_n_over_r_examples_r_times_an_epoch_and_one_the_rest(repeats, n):
+    positions = tf.range(4 * n, dtype=tf.int64)
+    indices = stream.positions_to_indices(positions, n=n, seed=5, repeats=repeats).numpy().reshape(4, n)
+    chosen = set()
+    for epoch in indices:
+        counts = np.bincount(epoch, minlength=n)
+        rest = [n % repeats] if n % repeats else []
+        assert sorted(counts[counts > 0].tolist()) == sorted([repeats] * (n // repeats) + rest)
+        chosen.add(tuple(np.flatnonzero(counts)))
+    assert len(chosen) > 1  # another part of the data in each epoch
+
+
+def test_views_of_a_repeated_example_differ():
+    batch = collect(1, config=everything_on(**{"augment.mixup": 0.0, "augment.cutmix": 0.0}), size=24)[0]
+    np.testing.assert_array_equal(batch["label"][0:12:3], batch["label"][2:12:3])
+    for first in range(0, 24, 3):
+        assert len({image.tobytes() for image in batch["image"][first : first + 3]}) == 3
+
+
+def test_examples_at_any_positions_are_those_of_the_stream():
+    config = everything_on()
+    whole = collect(2, config=config, size=24)
+    got = stream.at(small_source(), config, [30, 3, 3, 47])
+    for name in ("image", "label", "weight", "position"):
+        np.testing.assert_array_equal(got[name], joined(whole, name)[[30, 3, 3, 47]])
+
+
+def test_an_image_above_the_pixel_limit_gets_weight_zero():
+    config = small_config()  # the pictures are 40 x 48 px
+    for limit, weight in ((1920, 1.0), (1919, 0.0)):
+        config.data.max_pixels = limit
+        assert (collect(1, config=config)[0]["weight"] == weight).all()
+        evaluated = next(stream.evaluation(small_source(), config, batch=N).as_numpy_iterator())
+        assert (evaluated["weight"] == weight).all()
 
 
 def test_image_of_a_position_is_the_augmentation_with_its_seed():
     source, config = small_source(), small_config()
     batch = collect(1, source, config)[0]
     for row, position in enumerate(batch["position"]):
-        seed = augment.draw_seed(tf.constant([config.seed, 1], tf.int64), position)
-        image = augment.decode(source.read(np.array([batch["label"][row]]))[0][0])
+        seed = augment.seed_of(config.seed, 1, position)
+        image = decode.decode(source.read(np.array([batch["label"][row]]))[0][0])
         image = augment.resize_crop(image, seed, size=SIZE, margin=4)
         np.testing.assert_array_equal(batch["image"][row], augment.flip(image, seed, probability=0.5))
 

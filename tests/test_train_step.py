@@ -8,6 +8,7 @@ import tensorflow as tf
 from configs import base
 from deit import config as configuration
 from deit import ema, errors, keras, optim, train_step
+from deit.data import mixing
 from deit.models import factory
 
 BATCH, CLASSES = 32, 10
@@ -23,7 +24,7 @@ class LinearTeacher:
 
     def logits(self, images):
         quarters = tf.nn.avg_pool2d(images, 16, 16, "VALID")
-        return tf.reshape(quarters, [-1, 12]) @ self.weights / 100.0
+        return (tf.reshape(quarters, [-1, 12]) - 127.5) @ self.weights / 10.0  # around 0: no class wins always
 
 
 def make_config(*, micro=BATCH, replicas=1, **changes):
@@ -32,6 +33,7 @@ def make_config(*, micro=BATCH, replicas=1, **changes):
     c.data.image_size, c.global_batch, c.micro_batch, c.total_updates = 32, BATCH, micro, 20
     c.optim.ema_decay = 0.3  # low: the ramp of the averages reaches it within a few updates
     c.distill.kind, c.teacher.kind, c.teacher.path, c.teacher.batch = "hard", "run", "unused", 16
+    c.augment.mix_group = 8
     c.update_from_flattened_dict(changes)
     classes = tuple("0123456789")
     return configuration.resolve(c, train_size=640, eval_size=64, classes=classes, replicas=replicas)
@@ -44,7 +46,7 @@ def make_batch(seed=0, drop_rates=()):
         "image": rng.integers(0, 256, [BATCH, 32, 32, 3]).astype(np.uint8),
         "label": rng.integers(0, CLASSES, [BATCH]).astype(np.int32),
         "weight": np.ones([BATCH], np.float32),
-        "position": np.arange(BATCH, dtype=np.int64),
+        "position": seed * BATCH + np.arange(BATCH, dtype=np.int64),
         "drop": kept.astype(np.float32),
     }
 
@@ -64,7 +66,17 @@ class Run:
         self.initial = self.tensors()
 
     def batch(self, seed=0):
-        return make_batch(seed, self.network.drop_rates)
+        batch = make_batch(seed, self.network.drop_rates)
+        if mixing.enabled(self.config.augment):
+            drawn = mixing.fields(
+                tf.constant(batch["position"]),
+                tf.constant(batch["weight"]),
+                seed=0,
+                augment_config=self.config.augment,
+                size=32,
+            )
+            batch |= {name: value.numpy() for name, value in drawn.items()}
+        return batch
 
     def distribute(self, batch):
         """Hand each replica its contiguous slice."""
@@ -90,6 +102,11 @@ class Run:
         per_replica, _ = self.strategy.run(self.gradient, args=(self.distribute(batch),))
         return [self.strategy.experimental_local_results(g)[0].numpy() for g in per_replica]
 
+    def losses(self, batch):
+        """Return the metrics of a batch without an update, on one device."""
+        _, sums = self.strategy.run(self.gradient, args=(self.distribute(batch),))
+        return dict(zip(train_step.METRICS, sums.numpy().tolist()))
+
     def tensors(self):
         return train_step.snapshot(self.state)
 
@@ -98,6 +115,8 @@ LAYOUTS = {
     "sixteen micro-batches of 2": dict(micro=2),
     "two replicas with four micro-batches of 4": dict(micro=4, replicas=2),
 }
+# Groups of 8, so a partner is seldom in the same micro-batch.
+MIXED = {"augment.mixup": 0.8, "augment.cutmix": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +134,10 @@ def run_of():
     return get
 
 
+@pytest.mark.parametrize("changes", [{}, MIXED], ids=["not mixed", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_of_micro_batches_equal_those_of_one_batch(run_of, layout):
-    whole, split = run_of(), run_of(**LAYOUTS[layout])
+def test_gradients_of_micro_batches_equal_those_of_one_batch(run_of, layout, changes):
+    whole, split = run_of(**changes), run_of(**LAYOUTS[layout], **changes)
     batch = whole.batch()
     for one, many in zip(whole.gradients(batch), split.gradients(batch), strict=True):
         assert np.abs(one).max() > 0
@@ -160,6 +180,7 @@ def test_the_loss_is_the_formula_of_the_paper_on_the_models_own_logits(run_of):
     batch = run.batch()
     outputs = run.network.logits(tf.cast(batch["image"], tf.float32), tf.constant(batch["drop"]))
     labels = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().argmax(-1)
+    assert len(set(labels.tolist())) > 5, "the order of the teacher's labels matters"
 
     def log_softmax(z):
         z = z - z.max(-1, keepdims=True)
@@ -174,6 +195,60 @@ def test_the_loss_is_the_formula_of_the_paper_on_the_models_own_logits(run_of):
     np.testing.assert_allclose(logged["train/loss"], (of_cls + of_dist) / 2, rtol=1e-5)
     np.testing.assert_allclose(logged["train/loss_cls"], of_cls, rtol=1e-5)
     np.testing.assert_allclose(logged["train/loss_distill"], of_dist, rtol=1e-5)
+
+
+def mixed_by_hand(batch):
+    """Return the pictures [B, 32, 32, 3] and the shares of the classes [B, C] that a mixed batch stands for."""
+    own = batch["image"].astype("f4")
+    pictures, shares, rows = own.copy(), np.zeros([BATCH, CLASSES]), np.arange(BATCH)
+    partners = batch["mix_partner"] - batch["position"][0]
+    for i, (partner, (top, left, height, width)) in enumerate(zip(partners, batch["mix_box"])):
+        share = batch["mix_lambda"][i] if height == width == 32 else 0.0
+        area = np.s_[top : top + height, left : left + width]
+        pictures[i][area] = share * own[i][area] + (1 - share) * own[partner][area]
+    shares[rows, batch["label"]] += batch["mix_lambda"]
+    shares[rows, batch["label"][partners]] += 1 - batch["mix_lambda"]
+    return pictures, shares
+
+
+# 32 pictures by a teacher that takes 12 at once: two full chunks and a rest.
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_student_and_teacher_see_the_mixed_picture_and_only_the_label_of_the_data_is_mixed(run_of, kind):
+    run = run_of(micro=4, **MIXED, **{"loss.kind": kind, "teacher.batch": 12})
+    batch = run.batch()
+    pictures, shares = mixed_by_hand(batch)
+    outputs = run.network.logits(tf.constant(pictures), tf.constant(batch["drop"]))
+    said = run.teacher.logits(tf.constant(pictures)).numpy().argmax(-1)
+    unmixed = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().argmax(-1)
+    assert (said != unmixed).mean() > 0.2, "a teacher of unmixed pictures would be noticed"
+    cls, dist = (outputs[head].numpy().astype("f8") for head in ("cls", "dist"))
+    log_dist = dist - np.log(np.exp(dist).sum(-1, keepdims=True))
+    if kind == "ce":
+        log_cls = cls - np.log(np.exp(cls).sum(-1, keepdims=True))
+        of_cls = -((0.9 * shares + 0.1 / CLASSES) * log_cls).sum(-1).mean()
+    else:
+        of_cls = np.log1p(np.exp(np.where(shares > 0, -cls, cls))).mean()
+    logged = run.losses(batch)
+    np.testing.assert_allclose(logged["train/loss_cls"], of_cls, rtol=1e-5)
+    np.testing.assert_allclose(logged["train/loss_distill"], -log_dist[np.arange(BATCH), said].mean(), rtol=1e-5)
+
+
+def test_no_float_copy_of_a_whole_mixed_slice_is_ever_held(run_of):
+    def float_pictures(run):
+        batch = {name: tf.TensorSpec(value.shape, value.dtype) for name, value in run.batch().items()}
+        graph = run.gradient.get_concrete_function(batch).graph.as_graph_def(add_shapes=True)
+        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+        shapes = [
+            [size.size for size in shape.dim]
+            for node in nodes
+            if any(node.attr[name].type == tf.float32.as_datatype_enum for name in ("T", "DstT", "dtype"))
+            for shape in node.attr["_output_shapes"].list.shape
+        ]
+        return {shape[0] for shape in shapes if shape[1:] == [32, 32, 3]}
+
+    split = run_of(micro=4, **MIXED, **{"loss.kind": "ce", "teacher.batch": 12})
+    assert float_pictures(split) == {4, 8, 12}  # micro-batches; the teacher's chunks and their rest
+    assert BATCH in float_pictures(run_of(**MIXED))
 
 
 @pytest.mark.parametrize("settings", [dict(micro=16), dict(micro=4, replicas=2)], ids=["one device", "two replicas"])

@@ -1,48 +1,55 @@
-"""Decode and augment one image: stateless functions of (image, seed), run inside tf.data graphs.
+"""Augment one image: stateless functions of (image, seed), run inside tf.data graphs.
 
 Promises: pixels are uint8 RGB from end to end; every resize is antialiased (Pillow's behaviour) and rounded;
-a draw depends on `seed` and on its own constant below, never on which other draws were made before it.
+a draw depends on `seed` and on its own constant below, never on which other draws were made before it. What is
+drawn and what is done with it are separate functions, so that a picture can say what was done to it.
 """
 
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
 
+from deit.data import decode, ops
+
 # One constant a draw, for `draw_seed`. Never renumber: a continued run would see other pictures.
-_CROP_OFFSET = 1
-_CROP_AREA = 2
-_CROP_RATIO = 3
-_FLIP = 4
+CROP = 1
+FLIP = 2
+RANDAUGMENT = 3
+RANDAUGMENT_LEVEL = 4
+THREE_AUGMENT = 5
+JITTER = 6
+ERASE = 7
+ERASE_NOISE = 8
 
 _TRIES = 10  # windows that random_resized_crop draws before it takes the central one (torchvision's number)
+_BORDER = 4  # px of reflection around a simple crop (DeiT-III)
+_BLUR_RADIUS = (0.1, 2.0)  # px, three_augment (DeiT-III)
+SOLARIZE = 128  # threshold, three_augment
+_ERASE_AREA = (0.02, 1 / 3)  # fraction of the picture (timm)
+_ERASE_RATIO = (0.3, 1 / 0.3)  # height / width
+_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
-def draw_seed(seed: tf.Tensor, purpose: int | tf.Tensor) -> tf.Tensor:
-    """Return the seed [2] int64 of one draw: `purpose` (a constant or a position) folded into `seed` [2]."""
-    # In int32 a fold keeps 32 bits: positions beyond 2^31 would wrap, and 100,000 of them would collide.
-    return tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int64), tf.cast(purpose, tf.int64))
+def seed_of(seed: int, purpose: int, position: tf.Tensor) -> tf.Tensor:
+    """Return the seed, int64 [2], of everything drawn for one purpose at one position of the stream.
 
-
-def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decode JPEG, PNG, BMP or the first frame of a GIF into uint8 [H, W, 3].
-
-    Grey becomes three equal channels, alpha is dropped. Errors: InvalidArgumentError while the graph runs.
+    `seed`: the run's, below 2^31; `purpose`: below 256; `position`: int64. Different arguments, different seeds.
     """
-    return tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
-        lambda: tf.cond(
-            tf.strings.substr(encoded, 0, 2) == b"BM",
-            lambda: _decode_bmp(encoded),
-            lambda: tf.ensure_shape(tf.io.decode_image(encoded, channels=3, expand_animations=False), [None, None, 3]),
-        ),
-    )
+    return tf.stack([tf.constant(seed * 256 + purpose, tf.int64), tf.cast(position, tf.int64)])
 
 
-def _decode_bmp(encoded: tf.Tensor) -> tf.Tensor:
-    image = tf.io.decode_bmp(encoded, channels=0)  # unlike the other decoders it cannot convert to three channels
-    grey = tf.equal(tf.shape(image)[-1], 1)
-    return tf.ensure_shape(tf.cond(grey, lambda: tf.repeat(image, 3, axis=-1), lambda: image[..., :3]), [None, None, 3])
+def draw_seed(seed: tf.Tensor, draw: int) -> tf.Tensor:
+    """Return the seed [2] int64 of one draw: its constant in bits of `seed` [2] that `seed_of` leaves free.
+
+    TensorFlow hashes a seed before it uses it, so neighbouring seeds are as independent as distant ones; to fold
+    the constant in by another hash (stateless_fold_in) would cost as much as the draw itself.
+    """
+    return seed + tf.constant([draw << 40, 0], tf.int64)
+
+
+def _uniform(seed: tf.Tensor, draw: int, count: int) -> tf.Tensor:
+    return tf.random.stateless_uniform([count], draw_seed(seed, draw))  # in [0, 1 - 2^-23]
 
 
 def resize_crop(image: tf.Tensor, seed: tf.Tensor, *, size: int, margin: int) -> tf.Tensor:
@@ -50,34 +57,38 @@ def resize_crop(image: tf.Tensor, seed: tf.Tensor, *, size: int, margin: int) ->
 
     The Keras example's augmentation (bilinear). Returns uint8 [size, size, 3].
     """
-    image = _resize(image, size + margin, size + margin, method="bilinear")
-    offset = tf.random.stateless_uniform(
-        [2], draw_seed(seed, _CROP_OFFSET), minval=0, maxval=margin + 1, dtype=tf.int32
-    )
-    return tf.ensure_shape(image[offset[0] : offset[0] + size, offset[1] : offset[1] + size], [size, size, 3])
+    image = resize(image, size + margin, size + margin, method="bilinear")
+    return _cropped(image, tf.cast(_uniform(seed, CROP, 2) * (margin + 1), tf.int32), size)
+
+
+def simple_crop(image: tf.Tensor, seed: tf.Tensor, *, size: int) -> tf.Tensor:
+    """Resize the short side of uint8 [H, W, 3] to size px (bicubic), reflect 4 px around it, crop size px anywhere.
+
+    DeiT-III's simple random crop (Touvron et al., arXiv:2204.07118, section 3). Returns uint8 [size, size, 3].
+    """
+    image = tf.pad(_short_side(image, size), [[_BORDER, _BORDER], [_BORDER, _BORDER], [0, 0]], "REFLECT")
+    free = tf.shape(image)[:2] - size
+    return _cropped(image, tf.cast(_uniform(seed, CROP, 2) * tf.cast(free + 1, tf.float32), tf.int32), size)
 
 
 def random_resized_crop(
-    encoded: tf.Tensor, seed: tf.Tensor, *, size: int, scale: Sequence[float], ratio: Sequence[float]
+    encoded: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    size: int,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    max_pixels: int = 0,
 ) -> tf.Tensor:
     """Decode a random window of an encoded image and resize it (bicubic) to uint8 [size, size, 3].
 
     `scale`: the window's share of the area, low and high; `ratio`: its width / height, log-uniform.
-    A JPEG is decoded only where the window is, so a truncated one fails only where rows are missing.
     """
 
-    def jpeg():
-        shape = tf.io.extract_jpeg_shape(encoded)
-        window = crop_window(shape[0], shape[1], seed, scale=scale, ratio=ratio)
-        return tf.io.decode_and_crop_jpeg(encoded, window, channels=3, dct_method="INTEGER_ACCURATE")
+    def choose(height, width):
+        return crop_window(height, width, seed, scale=scale, ratio=ratio)
 
-    def other():
-        image = decode(encoded)
-        shape = tf.shape(image)
-        top, left, height, width = tf.unstack(crop_window(shape[0], shape[1], seed, scale=scale, ratio=ratio))
-        return image[top : top + height, left : left + width]
-
-    return _resize(tf.cond(tf.io.is_jpeg(encoded), jpeg, other), size, size, method="bicubic")
+    return resize(decode.window(encoded, choose, max_pixels=max_pixels), size, size, method="bicubic")
 
 
 def crop_window(
@@ -89,9 +100,10 @@ def crop_window(
     fits the image; where none fits, the largest central window with the nearest legal ratio.
     """
     rows, columns = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    share = tf.random.stateless_uniform([_TRIES], draw_seed(seed, _CROP_AREA), minval=scale[0], maxval=scale[1])
-    low, high = tf.math.log(float(ratio[0])), tf.math.log(float(ratio[1]))
-    aspect = tf.exp(tf.random.stateless_uniform([_TRIES], draw_seed(seed, _CROP_RATIO)) * (high - low) + low)
+    drawn = _uniform(seed, CROP, 2 * _TRIES + 2)
+    share = scale[0] + drawn[:_TRIES] * (scale[1] - scale[0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = tf.exp(low + drawn[_TRIES : 2 * _TRIES] * (high - low))
     area = share * rows * columns
     tall, wide = tf.round(tf.sqrt(area / aspect)), tf.round(tf.sqrt(area * aspect))
     fits = (tall >= 1) & (tall <= rows) & (wide >= 1) & (wide <= columns)
@@ -109,34 +121,162 @@ def crop_window(
     extent = tf.cast(tf.where(found, tf.stack([tall[first], wide[first]]), whole), tf.int32)
     free = tf.stack([height, width]) - extent
     # A float32 draw is at most 1 - 2^-23, so its product with free + 1 stays below free + 1.
-    drawn = tf.random.stateless_uniform([2], draw_seed(seed, _CROP_OFFSET)) * tf.cast(free + 1, tf.float32)
-    drawn = tf.cast(tf.floor(drawn), tf.int32)
-    return tf.concat([tf.where(found, drawn, free // 2), extent], 0)
+    offset = tf.cast(drawn[2 * _TRIES :] * tf.cast(free + 1, tf.float32), tf.int32)
+    return tf.concat([tf.where(found, offset, free // 2), extent], 0)
+
+
+def flipped(seed: tf.Tensor, *, probability: float) -> tf.Tensor:
+    """Return whether `flip` mirrors, bool scalar."""
+    return _uniform(seed, FLIP, 1)[0] < probability
 
 
 def flip(image: tf.Tensor, seed: tf.Tensor, *, probability: float) -> tf.Tensor:
     """Mirror [H, W, 3] left to right with `probability`, 0 to 1."""
-    drawn = tf.random.stateless_uniform([], draw_seed(seed, _FLIP))
-    return tf.cond(drawn < probability, lambda: tf.reverse(image, [1]), lambda: image)
+    return tf.cond(flipped(seed, probability=probability), lambda: tf.reverse(image, [1]), lambda: image)
+
+
+def three_augment_choice(seed: tf.Tensor) -> tf.Tensor:
+    """Return what `three_augment` does, int32: 0 grey, 1 solarize, 2 Gaussian blur."""
+    return tf.cast(_uniform(seed, THREE_AUGMENT, 2)[0] * 3.0, tf.int32)
+
+
+def blur_radius(seed: tf.Tensor) -> tf.Tensor:
+    """Return the standard deviation of `three_augment`'s blur in px, uniform."""
+    low, high = _BLUR_RADIUS
+    return low + _uniform(seed, THREE_AUGMENT, 2)[1] * (high - low)
+
+
+def three_augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Turn uint8 [H, W, 3] grey, solarize or blur it, one of the three with equal probability (arXiv:2204.07118)."""
+    branches = [
+        lambda: ops.grayscale(image),
+        lambda: ops.solarize(image, SOLARIZE),
+        lambda: ops.gaussian_blur(image, blur_radius(seed)),
+    ]
+    return tf.ensure_shape(tf.switch_case(three_augment_choice(seed), branches), image.shape)
+
+
+def jitter_factors(seed: tf.Tensor, *, strength: float) -> tf.Tensor:
+    """Return the factors of brightness, contrast and saturation, float32 [3], uniform in 1 +- strength."""
+    return 1.0 + (2.0 * _uniform(seed, JITTER, 4)[:3] - 1.0) * strength
+
+
+def jitter_order(seed: tf.Tensor) -> tf.Tensor:
+    """Return in which order `jitter` applies them, int32 [3], a permutation; each is as likely."""
+    return tf.constant(_ORDERS)[tf.cast(_uniform(seed, JITTER, 4)[3] * len(_ORDERS), tf.int32)]
+
+
+def jitter(image: tf.Tensor, seed: tf.Tensor, *, strength: float) -> tf.Tensor:
+    """Change brightness, contrast and saturation of uint8 [H, W, 3] in a random order (torchvision's ColorJitter)."""
+    factors, order = jitter_factors(seed, strength=strength), jitter_order(seed)
+    for i in range(3):
+        image = _one_of((ops.brightness, ops.contrast, ops.color), order[i], image, factors)
+    return image
+
+
+def _one_of(functions: Sequence, index: tf.Tensor, image: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
+    branches = [lambda k=k, f=f: f(image, factors[k]) for k, f in enumerate(functions)]
+    return tf.ensure_shape(tf.switch_case(index, branches), image.shape)
+
+
+def erase_box(height: int, width: int, seed: tf.Tensor, *, probability: float) -> tf.Tensor:
+    """Draw the box of random erasing: int32 [4], top, left, height, width; height 0: nothing is erased.
+
+    Law (Zhong et al., arXiv:1708.04896, as in timm): with `probability` the first of 10 draws of area (0.02 to 1/3 of
+    the picture) and ratio (log-uniform, 0.3 to 1/0.3) that is smaller than the picture; none, where none is.
+    """
+    drawn = _uniform(seed, ERASE, 2 * _TRIES + 3)
+    (least, most), (low, high) = _ERASE_AREA, (math.log(bound) for bound in _ERASE_RATIO)
+    area = (least + drawn[:_TRIES] * (most - least)) * float(height * width)
+    aspect = tf.exp(low + drawn[_TRIES : 2 * _TRIES] * (high - low))
+    tall, wide = tf.round(tf.sqrt(area * aspect)), tf.round(tf.sqrt(area / aspect))
+    fits = (tall < height) & (wide < width)
+    first = tf.argmax(fits)
+    extent = tf.cast(tf.stack([tall[first], wide[first]]), tf.int32)
+    free = tf.cast(tf.stack([height, width]) - extent + 1, tf.float32)
+    offset = tf.cast(drawn[2 * _TRIES : 2 * _TRIES + 2] * free, tf.int32)
+    wanted = (drawn[-1] < probability) & tf.reduce_any(fits)
+    return tf.where(wanted, tf.concat([offset, extent], 0), 0)
+
+
+def erase(
+    image: tf.Tensor, seed: tf.Tensor, *, probability: float, mean: Sequence[float], std: Sequence[float]
+) -> tf.Tensor:
+    """Fill a box of uint8 [H, W, 3] with noise of its own for every pixel and channel, with `probability`.
+
+    The noise is N(0, 1) in the student's scale, 255 (mean + std N(0, 1)) rounded and clipped here, so that student
+    and teacher see the same picture; the reference draws it after normalisation, unclipped.
+    """
+    height, width, _ = image.shape
+    box = erase_box(height, width, seed, probability=probability)
+
+    def filled():
+        top, left, tall, wide = tf.unstack(box)
+        noise = tf.random.stateless_normal([tall, wide * 3], draw_seed(seed, ERASE_NOISE))
+        noise = noise * tf.tile(tf.constant(std) * 255.0, [wide]) + tf.tile(tf.constant(mean) * 255.0, [wide])
+        noise = tf.reshape(_rounded(noise), [tall, wide, 3])
+        rows = image[top : top + tall]
+        middle = tf.concat([rows[:, :left], noise, rows[:, left + wide :]], 1)
+        return tf.ensure_shape(tf.concat([image[:top], middle, image[top + tall :]], 0), image.shape)
+
+    return tf.cond(box[2] > 0, filled, lambda: image)
 
 
 def evaluation(image: tf.Tensor, *, size: int, crop_ratio: float) -> tf.Tensor:
     """Prepare uint8 [H, W, 3] for evaluation: uint8 [size, size, 3], nothing drawn.
 
     `crop_ratio` 0: the whole image, bilinear, aspect lost (Keras example). Otherwise the short side becomes
-    round(size / crop_ratio) px (bicubic) and the centre is cropped (DeiT: 0.875).
+    size / crop_ratio px, cut off (bicubic), and the centre is cropped (DeiT: 0.875).
     """
     if crop_ratio == 0:
-        return _resize(image, size, size, method="bilinear")
-    short = round(size / crop_ratio)
+        return resize(image, size, size, method="bilinear")
+    short = int(size / crop_ratio)
+    image = _short_side(image, short)
+    free = tf.cast(tf.shape(image)[:2] - size, tf.float32)
+    return _cropped(image, tf.cast(tf.round(free / 2.0), tf.int32), size)  # half to even, as torchvision rounds
+
+
+def resize(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int, *, method: str) -> tf.Tensor:
+    """Resize uint8 [H, W, 3] (`bicubic`, `bilinear`), antialiased, rounded: tf.image.resize, several times as fast.
+
+    Its kernel is vectorised over what lies below the axis it resizes, and for the second axis that is the three
+    channels. So columns and rows take turns as the first axis, and all the rest is `channels`.
+    """
     shape = tf.shape(image)
-    least = tf.minimum(shape[0], shape[1])
-    height, width = tf.unstack(short * shape[:2] // least)  # the long side is cut off, not rounded (torchvision)
-    image = _resize(image, height, width, method="bicubic")
-    top, left = (height - size) // 2, (width - size) // 2
-    return tf.ensure_shape(image[top : top + size, left : left + size], [size, size, 3])
+    columns = tf.reshape(tf.transpose(image, [1, 0, 2]), [shape[1], shape[0] * 3])
+    columns = tf.reshape(_resize_rows(columns, width, method), [width, shape[0], 3])
+    rows = tf.reshape(tf.transpose(columns, [1, 0, 2]), [shape[0], width * 3])
+    resized = tf.reshape(_resize_rows(rows, height, method), [height, width, 3])
+    return _rounded(resized)  # bicubic overshoots: clipped
 
 
-def _resize(image: tf.Tensor, height, width, *, method: str) -> tf.Tensor:
-    resized = tf.image.resize(image, [height, width], method=method, antialias=True)
-    return tf.saturate_cast(tf.round(resized), tf.uint8)  # bicubic overshoots: clip
+_KERNELS = {"bicubic": "keyscubic", "bilinear": "triangle"}
+
+
+def _resize_rows(rows: tf.Tensor, count: tf.Tensor | int, method: str) -> tf.Tensor:
+    """Resize [N, C] to float32 [count, C]."""
+    scale = tf.cast(count, tf.float32) / tf.cast(tf.shape(rows)[0], tf.float32)
+    resized = tf.raw_ops.ScaleAndTranslate(
+        images=rows[None, :, None, :],
+        size=tf.stack([count, 1]),
+        scale=tf.stack([scale, 1.0]),
+        translation=[0.0, 0.0],
+        kernel_type=_KERNELS[method],
+        antialias=True,
+    )
+    return resized[0, :, 0]
+
+
+def _short_side(image: tf.Tensor, size: int) -> tf.Tensor:
+    """Resize (bicubic) so that the short side is `size` px; the long side is cut off, not rounded (torchvision)."""
+    shape = tf.shape(image)[:2]
+    height, width = tf.unstack(size * shape // tf.reduce_min(shape))
+    return resize(image, height, width, method="bicubic")
+
+
+def _cropped(image: tf.Tensor, offset: tf.Tensor, size: int) -> tf.Tensor:
+    return tf.ensure_shape(image[offset[0] : offset[0] + size, offset[1] : offset[1] + size], [size, size, 3])
+
+
+def _rounded(values: tf.Tensor) -> tf.Tensor:
+    return tf.saturate_cast(tf.round(values), tf.uint8)

@@ -1,0 +1,249 @@
+"""tfds:NAME, prepared data sets of TensorFlow Datasets.
+
+Promises: a set that is prepared is opened from its files alone (no network, no code of the set); array_record
+files are read by index where they are, tfrecord files are held in memory as encoded bytes, and refused with the
+command that converts them where they do not fit `data.max_ram_bytes`. The order is TFDS's own for both.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from deit import errors
+from deit.data import encoded, splits
+
+TOOL = "python tools/prepare_data.py"
+
+
+class ArrayRecords(encoded.Encoded):
+    """A TFDS data source over array_record files, whose records are read by index."""
+
+    def __init__(
+        self,
+        records,
+        *,
+        image: str,
+        label: str,
+        classes: Sequence[str],
+        name: Callable[[int], str] = "record {}".format,
+        max_pixels: int | None = None,
+    ):
+        super().__init__(classes=classes, name=name, max_pixels=max_pixels)
+        self._records, self._image, self._label = records, image, label
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def raw(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+        found = self._records.__getitems__([int(i) for i in indices])
+        labels = np.array([record[self._label] for record in found], np.int32)
+        return [bytes(record[self._image]) for record in found], labels
+
+
+class TfRecords:
+    """A split in tfrecord files, which can only be read from its start to its end."""
+
+    def __init__(self, data_config, builder, split: str):
+        self._config, self._builder, self._split = data_config, builder, split
+        self._count = _split_info(builder, split).num_examples
+        self.classes = tuple(builder.info.features[_features(builder)[1]].names)
+        self.name = _names(data_config, split)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def scan(self) -> Iterator[tuple[bytes, int]]:
+        """Yield every (stored bytes, label) in the order of the files. Errors: UserError for damaged files."""
+        import tensorflow_datasets as tfds
+
+        image, label = _features(self._builder)
+        # Records in the order of the files, whatever the number of threads.
+        order = tfds.ReadConfig(interleave_cycle_length=1, add_tfds_id=False)
+        decoders = {image: tfds.decode.SkipDecoding()}
+        dataset = self._builder.as_dataset(self._split, decoders=decoders, read_config=order, shuffle_files=False)
+        dataset = dataset.map(lambda record: (record[image], record[label])).batch(256)
+        batches = iter(dataset.as_numpy_iterator())
+        while True:
+            try:
+                images, labels = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:  # a file missing or cut short: errors of TensorFlow's readers
+                raise _damaged(self._config, error) from error
+            _check_labels(self._config, self._split, labels)
+            yield from zip(images, labels.tolist())
+
+
+def open_source(data_config, split: str) -> encoded.Encoded:
+    """Open a prepared data set, or prepare it first: array_record in place, tfrecord into memory."""
+    builder = prepared(data_config) or prepare(data_config)
+    if _in_array_records(builder):
+        return _array_records(data_config, builder, split)
+    records = TfRecords(data_config, builder, split)
+    _fits_in_memory(data_config, builder, split)
+    examples = list(records.scan())
+    return encoded.InMemory(
+        [image for image, _ in examples],
+        [label for _, label in examples],
+        classes=records.classes,
+        name=records.name,
+        max_pixels=data_config.max_pixels,
+    )
+
+
+def open_scan(data_config, split: str) -> encoded.Encoded | TfRecords:
+    """Open a split for one pass in order; tfrecord files of any size."""
+    builder = prepared(data_config) or prepare(data_config)
+    opened = _array_records if _in_array_records(builder) else TfRecords
+    return opened(data_config, builder, split)
+
+
+def sizes(data_config) -> tuple[int, int, int] | None:
+    """Return (train size, evaluation size, classes), or None where the data is not prepared."""
+    builder = prepared(data_config)
+    if builder is None:
+        return None
+    counts = [_split_info(builder, s).num_examples for s in (data_config.train_split, data_config.eval_split)]
+    return counts[0], counts[1], builder.info.features[_features(builder)[1]].num_classes
+
+
+def split_names(data_config) -> tuple[str, ...]:
+    """Return the splits of a data set that is prepared, none where it is not."""
+    builder = prepared(data_config)
+    return tuple(sorted(builder.info.splits)) if builder else ()
+
+
+def prepared(data_config):
+    """Return the builder of a prepared data set from its files alone (no network, no code), or None."""
+    from tensorflow_datasets.core import read_only_builder, registered  # seconds; other kinds of data do without
+
+    try:
+        return read_only_builder.builder_from_files(plain_name(data_config), data_dir=data_config.data_dir or None)
+    except registered.DatasetNotFoundError:
+        return None
+    except Exception as error:  # no or damaged dataset_info.json, features.json
+        raise _damaged(data_config, error) from error
+
+
+def prepare(data_config, *, manual_dir: str = ""):
+    """Download what can be and write array_record files; return the builder.
+
+    `manual_dir`: where files lie that must be fetched by hand (ImageNet's). Errors: UserError.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(
+            plain_name(data_config), data_dir=data_config.data_dir or None, file_format="array_record"
+        )
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None))
+        return builder
+    except Exception as error:  # TFDS lets through whatever its downloader or a data set's script raises
+        by_hand = (
+            "; files that must be fetched by hand: "
+            f"{TOOL} prepare --config.data.name={data_config.name} --manual_dir=DIR"
+        )
+        raise errors.UserError(
+            f"data.name ({data_config.name}) is not prepared in {_where(data_config)} and could not be downloaded "
+            f"({_first_line(error)}): give --config.data.data_dir=DIR with prepared data, or "
+            "--config.data.name=folder:PATH with a folder per class, or run `make quickstart`, which needs "
+            "no download" + (by_hand if "manual" in str(error).lower() else "")
+        ) from error
+
+
+def plain_name(data_config) -> str:
+    """Return NAME of tfds:NAME; it may hold a configuration and a version (name/config:1.0.0)."""
+    return data_config.name.partition(":")[2]
+
+
+def _in_array_records(builder) -> bool:
+    return builder.info.file_format.value == "array_record"
+
+
+def _array_records(data_config, builder, split: str) -> ArrayRecords:
+    import tensorflow_datasets as tfds
+
+    _split_info(builder, split)
+    image, label = _features(builder)
+    records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+    number = _names(data_config, split)
+
+    def name(index: int) -> str:
+        file = records[index].get("file_name")  # ImageNet and converted folders keep it
+        return number(index) + (f" ({file.decode('utf-8', 'replace')})" if isinstance(file, bytes) else "")
+
+    source = ArrayRecords(
+        records,
+        image=image,
+        label=label,
+        classes=builder.info.features[label].names,
+        name=name,
+        max_pixels=data_config.max_pixels,
+    )
+    _check_labels(data_config, split, source.raw(np.arange(1))[1])  # a split without labels has none at all
+    return source
+
+
+def _names(data_config, split: str) -> Callable[[int], str]:
+    return lambda index: f"{plain_name(data_config)} {split} record {index}"
+
+
+def _check_labels(data_config, split: str, labels: np.ndarray) -> None:
+    if labels.min() < 0:
+        raise errors.UserError(f"data.name ({data_config.name}) split {split} has examples without a label")
+
+
+def _split_info(builder, split: str):
+    try:
+        info = builder.info.splits[split]
+        count = info.num_examples
+    except Exception:  # KeyError, ValueError, AssertionError: TFDS has one for each way to be wrong
+        raise splits.unknown(split, sorted(builder.info.splits)) from None
+    if not count:
+        raise errors.UserError(f"split {split} of {builder.info.name} is empty")
+    return info
+
+
+def _features(builder) -> tuple[str, str]:
+    """Return the names of the image and of the label."""
+    features = builder.info.features
+    kinds = {name: type(features[name]).__name__ for name in features}
+    images = [name for name, kind in kinds.items() if kind == "Image"]
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    keys = builder.info.supervised_keys or ()
+    chosen = [
+        next((n for n in names if n in keys), names[0] if len(names) == 1 else None) for names in (images, labels)
+    ]
+    if None in chosen:
+        raise errors.UserError(
+            f"data.name (tfds:{builder.info.name}) must have one image and one class label; it has "
+            + ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        )
+    return chosen[0], chosen[1]
+
+
+def _fits_in_memory(data_config, builder, split: str) -> None:
+    parts = [builder.info.splits[name] for name in dict.fromkeys(splits.names(split))]
+    share = builder.info.splits[split].num_examples / max(1, sum(part.num_examples for part in parts))
+    size = round(sum(part.num_bytes for part in parts) * share)
+    if size > data_config.max_ram_bytes:
+        where = f" --config.data.data_dir={data_config.data_dir}" if data_config.data_dir else ""
+        raise errors.UserError(
+            f"split {split} of {data_config.name} has {size:,} bytes ({size / 1e9:.1f} GB) in tfrecord files, which "
+            f"have no random access and must fit in data.max_ram_bytes ({data_config.max_ram_bytes:,}): raise it, or "
+            f"convert them: {TOOL} convert --config.data.name={data_config.name} --out=DIR{where}"
+        )
+
+
+def _damaged(data_config, error: Exception) -> errors.UserError:
+    return errors.UserError(
+        f"data.name ({data_config.name}) in {_where(data_config)} is incomplete or damaged: {_first_line(error)}"
+    )
+
+
+def _where(data_config) -> str:
+    return data_config.data_dir or "the default TFDS directory"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

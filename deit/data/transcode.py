@@ -1,0 +1,80 @@
+"""Pictures that TensorFlow 2.15 cannot decode, or decodes wrongly, become plain BMP through Pillow when they are read.
+
+Those are WebP, and BMP with a palette (TensorFlow shows its indices) or packed pixels. Promises: the size is taken
+from the header before anything is decoded or allocated for it; what is too large or broken becomes b"", which the
+stream counts as unreadable. Alpha is dropped and of an animation the first frame taken, as the other decoders do.
+"""
+
+import io
+
+_HEADER = 34  # bytes, enough for the sizes of both
+
+
+def needed(data: bytes) -> bool:
+    """Tell by the content, not the name: many a .jpg from the web is a WebP."""
+    return is_webp(data) or (data[:2] == b"BM" and not _plain_bmp(data))
+
+
+def is_webp(data: bytes) -> bool:
+    """Tell whether this is a WebP, from its first 12 bytes."""
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def size(data: bytes) -> tuple[int, int] | None:
+    """Return (width, height) in px from the header of a WebP or BMP, or None where it is cut short."""
+    if len(data) < _HEADER:
+        return None
+    return _webp_size(data) if is_webp(data) else _bmp_size(data)
+
+
+def to_bmp(data: bytes, *, max_pixels: int | None) -> bytes:
+    """Return the picture as 24-bit BMP, b"" where it is broken or has more than `max_pixels` (None = no limit)."""
+    extent = size(data)
+    # Pillow's WebP decoder allocates two canvases when it opens a file, so the limit is checked on the header here.
+    if extent is None or (max_pixels is not None and extent[0] * extent[1] > max_pixels):
+        return b""
+    try:
+        with open_image(data) as image:
+            out = io.BytesIO()
+            image.convert("RGB").save(out, "BMP")
+            return out.getvalue()
+    except Exception:  # the plugins raise SyntaxError, OSError, ValueError, EOFError for one damage or another
+        return b""
+
+
+def open_image(data: bytes):
+    """Open a WebP or BMP with Pillow."""
+    from PIL import BmpImagePlugin, WebPImagePlugin
+
+    # The plugins themselves, not Image.open: that has a limit of pixels of its own, which data.max_pixels replaces.
+    plugin = WebPImagePlugin.WebPImageFile if is_webp(data) else BmpImagePlugin.BmpImageFile
+    return plugin(io.BytesIO(data))
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Read the first chunk (RFC 9649, sections 2.5 to 2.7)."""
+    kind = data[12:16]
+    if kind == b"VP8X":  # extended: the canvas, to which frames are drawn
+        return _number(data, 24, 3) + 1, _number(data, 27, 3) + 1
+    if kind == b"VP8L":  # lossless: 14 bits each after the signature byte
+        both = _number(data, 21, 4)
+        return (both & 0x3FFF) + 1, ((both >> 14) & 0x3FFF) + 1
+    if kind == b"VP8 ":  # lossy: 14 bits each after frame tag and start code
+        return _number(data, 26, 2) & 0x3FFF, _number(data, 28, 2) & 0x3FFF
+    return None
+
+
+def _bmp_size(data: bytes) -> tuple[int, int]:
+    if _number(data, 14, 4) == 12:  # OS/2's header
+        return _number(data, 18, 2), _number(data, 20, 2)
+    height = int.from_bytes(data[22:26], "little", signed=True)  # negative: the top row comes first
+    return _number(data, 18, 4), abs(height)
+
+
+def _plain_bmp(data: bytes) -> bool:
+    """Tell whether pixels are stored as 3 or 4 bytes without compression or masks: what TensorFlow expects."""
+    return _number(data, 14, 4) != 12 and _number(data, 28, 2) in (24, 32) and _number(data, 30, 4) == 0
+
+
+def _number(data: bytes, first: int, count: int) -> int:
+    return int.from_bytes(data[first : first + count], "little")

@@ -1,0 +1,226 @@
+"""What a configuration may say: the rule of every field, the relations between fields, RandAugment's notation.
+
+Promises: `validate` needs no device, no data and no TensorFlow, and names field, value and rule of the first thing
+that is wrong.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from deit import config as configuration
+from deit import errors
+
+MAX_LEVEL = 10.0  # timm's scale of RandAugment magnitudes
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """RandAugment in timm's notation, on its scale of 0 to 10.
+
+    Attributes:
+      magnitude, std: a level is drawn from N(magnitude, std) and clipped to 0 .. 10.
+      num_ops: operations drawn an image.
+    """
+
+    magnitude: float
+    std: float
+    num_ops: int
+
+
+def randaugment_policy(text: str) -> Policy:
+    """Return the policy of `rand-m9-mstd0.5-inc1` or `rand-m9-n2-mstd0.5-inc1`. Errors: ValueError.
+
+    `inc1` must be there: without it timm means another set of operations, whose strength does not grow with m.
+    """
+    match = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)(?:-n(\d+))?(?:-mstd(\d+(?:\.\d+)?))?-inc1", text)
+    if not match:
+        raise ValueError(f"{text!r} is not rand-mM[-nN][-mstdS]-inc1")
+    policy = Policy(float(match[1]), float(match[3] or 0), int(match[2] or 2))
+    if policy.magnitude > MAX_LEVEL or not 1 <= policy.num_ops <= 15:
+        raise ValueError("m must be at most 10 and n between 1 and 15")
+    return policy
+
+
+def validate(config: ConfigDict, prefix: str = "") -> None:
+    """Raise UserError for the first value out of range or pair of values that do not fit.
+
+    Types are held by the locked ConfigDict; `prefix` names a nested configuration (`teacher.train.`).
+    """
+    values = dict(configuration.flatten(config))
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise errors.UserError(f"{prefix}{name} ({value}) must be finite")
+        if name in _RULES:
+            legal, rule = _RULES[name]
+            if not legal(value):
+                raise errors.UserError(f"{prefix}{name} ({_show(value)}) must be {rule}{_nearest(value, rule)}")
+    for relation in _RELATIONS:
+        problem = relation(config)
+        if problem:
+            raise errors.UserError(prefix + problem)
+    if config.teacher.kind == "train":
+        validate(config.teacher.train, f"{prefix}teacher.train.")
+
+
+def _show(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _nearest(value: Any, rule: str) -> str:
+    if not isinstance(value, str) or not rule.startswith("one of "):
+        return ""
+    near = difflib.get_close_matches(value, rule.removeprefix("one of ").split(", "), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*names: str) -> _Rule:
+    return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+def _at_least(bound: float) -> _Rule:
+    return (lambda value: value >= bound), f"at least {bound}"
+
+
+def _numbers(value: tuple, count: int) -> bool:
+    return len(value) == count and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+
+
+def _is_policy(text: str) -> bool:
+    try:
+        return not text or bool(randaugment_policy(text))
+    except ValueError:
+        return False
+
+
+_POSITIVE: _Rule = (lambda value: value > 0), "greater than 0"
+_FRACTION: _Rule = (lambda value: 0 <= value <= 1), "between 0 and 1"
+_BELOW_ONE: _Rule = (lambda value: 0 <= value < 1), "at least 0 and below 1"
+_SEED: _Rule = (lambda value: 0 <= value < 2**31), "between 0 and 2147483647"
+_THREE: _Rule = (lambda value: _numbers(value, 3)), "three numbers, one a channel"
+_THREE_POSITIVE: _Rule = (lambda value: _numbers(value, 3) and min(value) > 0), "three numbers greater than 0"
+_DATA: _Rule = (
+    (lambda value: value == "digits" or (value.startswith(("tfds:", "folder:")) and len(value.split(":", 1)[1]) > 0)),
+    "tfds:NAME, folder:PATH or digits",
+)
+
+_RULES: dict[str, _Rule] = {
+    "seed": _SEED,
+    "epochs": _POSITIVE,
+    "total_updates": _at_least(0),
+    "global_batch": _at_least(1),
+    "micro_batch": _at_least(1),
+    "precision": _one_of("float32", "tf32", "mixed_bfloat16", "mixed_float16"),
+    "strategy": _one_of("auto", "one_device", "mirrored"),
+    "devices": _at_least(0),
+    "max_skipped": _at_least(1),
+    "data.name": _DATA,
+    "data.image_size": _at_least(8),
+    "data.train_size": _at_least(1),
+    "data.eval_size": _at_least(1),
+    "data.num_classes": _at_least(2),
+    "data.split_seed": _SEED,
+    "data.max_ram_bytes": _POSITIVE,
+    "data.max_pixels": _POSITIVE,
+    "data.max_bad_fraction": _FRACTION,
+    "data.threads": _at_least(0),
+    "augment.crop": _one_of("resize_crop", "random_resized", "simple"),
+    "augment.resize_margin": _at_least(0),
+    "augment.scale": (
+        (lambda v: _numbers(v, 2) and 0 < v[0] <= v[1] <= 1),
+        "two fractions of the area, 0 < low <= high <= 1",
+    ),
+    "augment.ratio": ((lambda v: _numbers(v, 2) and 0 < v[0] <= v[1]), "two ratios, 0 < low <= high"),
+    "augment.flip": _FRACTION,
+    "augment.randaugment": (_is_policy, "rand-mM[-nN][-mstdS]-inc1 (M at most 10, N 1 to 15) or empty"),
+    "augment.jitter": _FRACTION,
+    "augment.erasing": _FRACTION,
+    "augment.mixup": _at_least(0),
+    "augment.cutmix": _at_least(0),
+    "augment.mix_prob": _FRACTION,
+    "augment.mix_switch": _FRACTION,
+    "augment.mix_group": (lambda value: value >= 2, "at least 2"),
+    "augment.repeats": _at_least(1),
+    "model.seed": _SEED,
+    "model.drop_path": _BELOW_ONE,
+    "model.mean": _THREE,
+    "model.std": _THREE_POSITIVE,
+    "optim.peak_lr": _POSITIVE,
+    "optim.lr_batch": _at_least(0),
+    "optim.schedule": _one_of("cosine", "constant"),
+    "optim.warmup_epochs": _at_least(0),
+    "optim.warmup_lr": _at_least(0),
+    "optim.final_lr": _at_least(0),
+    "optim.weight_decay": _at_least(0),
+    "optim.beta_1": _BELOW_ONE,
+    "optim.beta_2": _BELOW_ONE,
+    "optim.epsilon": _POSITIVE,
+    "optim.clip_norm": _at_least(0),
+    "optim.ema_decay": _BELOW_ONE,
+    "loss.kind": _one_of("ce", "bce"),
+    "loss.smoothing": _BELOW_ONE,
+    "distill.kind": _one_of("none", "soft", "hard"),
+    "distill.alpha": _FRACTION,
+    "distill.tau": _POSITIVE,
+    "distill.form": _one_of("kl", "ce"),
+    "distill.reduction": _one_of("batch", "batch_classes"),
+    "distill.weighting": _one_of("convex", "sum"),
+    "teacher.kind": _one_of("none", "saved_model", "keras_application", "run", "train"),
+    "teacher.image_size": _at_least(0),
+    "teacher.batch": _at_least(1),
+    "teacher.min_accuracy": _FRACTION,
+    "checkpoint.every_updates": _at_least(0),
+    "checkpoint.keep": _at_least(1),
+    "eval.every_updates": _at_least(0),
+    "eval.batch": _at_least(1),
+    "eval.crop_ratio": _FRACTION,
+    "log.every_updates": _at_least(1),
+}
+
+
+def _batch_divides(config) -> str | None:
+    # 0 devices: known once they are counted, and checked again by config.resolve
+    return configuration.batch_problem(config, max(1, config.devices) if config.strategy == "mirrored" else 1)
+
+
+def _augmentations_fit(config) -> str | None:
+    augment = config.augment
+    if augment.randaugment and augment.three_augment:
+        return "augment.three_augment (True) must be False where augment.randaugment is on: a recipe has one of them"
+    if augment.randaugment and augment.jitter:
+        return f"augment.jitter ({augment.jitter}) must be 0 where augment.randaugment is on: DeiT ignores it there"
+    return None
+
+
+def _teacher_fits(config) -> str | None:
+    kind, teacher = config.distill.kind, config.teacher.kind
+    if kind != "none" and teacher == "none":
+        return f"teacher.kind ('none') must name a teacher where distill.kind is {kind!r}"
+    if teacher in ("saved_model", "run") and not config.teacher.path:
+        return f"teacher.path ('') must be given where teacher.kind is {teacher!r}"
+    if teacher == "train" and not len(config.teacher.train):
+        return "teacher.train must hold a configuration where teacher.kind is 'train'"
+    if teacher == "train" and config.teacher.train.teacher.kind == "train":
+        return "teacher.train.teacher.kind ('train') must be another kind: one teacher is trained before a student"
+    if teacher == "train" and config.teacher.train.strategy not in ("auto", config.strategy):
+        return f"teacher.train.strategy ({config.teacher.train.strategy!r}) must be 'auto' or the student's"
+    return None
+
+
+def _sha_is_hex(config) -> str | None:
+    sha = config.teacher.sha256
+    if sha and (len(sha) != 64 or set(sha.lower()) - set("0123456789abcdef")):
+        return f"teacher.sha256 ({sha!r}) must be 64 hexadecimal digits"
+    return None
+
+
+_RELATIONS = (_batch_divides, _augmentations_fit, _teacher_fits, _sha_is_hex)

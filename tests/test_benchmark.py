@@ -1,0 +1,168 @@
+"""The benchmark: arithmetic on made-up timings, the Pillow peer against laws worked out by hand, the command line."""
+
+import dataclasses
+import io
+import pathlib
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base, quickstart
+from deit import errors
+from deit.data import sources
+from tools.benchmarks import data, pillow_loader
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+FULL = pillow_loader.RECIPES["full"]
+
+
+def full_config():
+    """Return the DeiT recipe's augmentation."""
+    config = base.get_config()
+    config.augment.crop, config.augment.randaugment = "random_resized", "rand-m9-mstd0.5-inc1"
+    config.augment.erasing, config.augment.mixup, config.augment.cutmix = 0.25, 0.8, 1.0
+    return config
+
+
+def timings(**changes: data.Timing) -> dict[str, data.Timing]:
+    """Return a measurement in which reading costs .01, cropping .8, augmenting 1.2, batching .04, mixing .1 ms."""
+    found = {
+        "read": data.Timing(100_000.0, 0.01),
+        "crop": data.Timing(4_000.0, 0.85),
+        "augment": data.Timing(1_900.0, 2.05),
+        "batch": data.Timing(25_000.0, 0.04),
+        "mix": data.Timing(30_000.0, 0.1),
+        "whole": data.Timing(1_600.0, 2.15),
+    }
+    return {**found, **changes}
+
+
+def test_a_stage_costs_what_it_adds_and_the_shares_are_of_the_whole():
+    rows = data.stages(**timings(), workers=4)
+    assert [row["stage"] for row in rows] == ["read", "decode+crop", "augment", "batch", "mix"]
+    assert [row["cpu_ms"] for row in rows] == pytest.approx([0.01, 0.8, 1.2, 0.04, 0.1])
+    assert [row["share"] for row in rows] == pytest.approx(np.array([0.01, 0.8, 1.2, 0.04, 0.1]) / 2.15)
+
+
+def test_what_a_stage_allows_by_itself_counts_its_threads():
+    rows = data.stages(**timings(), workers=4)
+    assert [row["limit"] for row in rows] == pytest.approx([100_000, 4 / 0.0008, 4 / 0.0012, 25_000, 30_000])
+
+
+def test_a_slow_disk_is_the_bottleneck_although_it_takes_no_cpu():
+    rows = data.stages(**timings(read=data.Timing(90.0, 0.01)), workers=4)
+    assert min(rows, key=lambda row: row["limit"])["stage"] == "read"
+
+
+def test_the_rates_are_of_the_stream_so_far_and_batching_is_taken_off_what_comes_before_it():
+    rows = data.stages(**timings(), workers=4)
+    crop, augment = 4_000 * 0.85 / 0.81, 1_900 * 2.05 / 2.01
+    assert [row["images_per_sec"] for row in rows] == pytest.approx([100_000, crop, augment, 1_900, 1_600])
+
+
+def test_a_stage_that_is_less_than_the_noise_costs_nothing():
+    row = data.stages(**timings(augment=data.Timing(4_010.0, 0.84)), workers=4)[2]
+    assert (row["cpu_ms"], row["share"]) == (0.0, 0.0)
+    assert row["limit"] > 100_000
+
+
+def test_every_stage_of_a_real_stream_is_timed_and_one_of_stream_and_model_is_named():
+    config = quickstart.get_config("scratch")
+    with config.unlocked():
+        config.global_batch, config.micro_batch, config.augment.mix_group, config.augment.mixup = 32, 8, 16, 0.8
+    source = sources.open_source(config.data, "train")
+    result = data.measure(config, source, images=64, rounds=1, updates=1, warm_up=0.0)
+    assert all(row["images_per_sec"] > 0 for row in result["stages"])
+    assert sum(row["share"] for row in result["stages"]) == pytest.approx(1)
+    rates = {"data": result["images_per_sec"], "model": result["model_images_per_sec"]}
+    assert result["limited_by"] == min(rates, key=rates.get)
+    assert result["factor"] == pytest.approx(max(rates.values()) / min(rates.values()))
+    text = "\n".join(data.lines(result))
+    assert f"bottleneck of the stream: {result['bottleneck']} " in text
+    assert "the model limits training" in text or "the data stream limits training" in text
+
+
+def test_the_peer_s_recipe_is_the_configuration_s():
+    assert data.recipe_of(full_config()) == FULL
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("crop", "resize_crop"), ("three_augment", True), ("jitter", 0.3), ("mix_prob", 0.5)]
+)
+def test_what_the_peer_lacks_is_refused_by_name(field, value):
+    config = full_config()
+    config.augment[field] = value
+    with pytest.raises(errors.UserError, match=rf"augment\.{field} \({value}\)"):
+        data.recipe_of(config)
+
+
+def test_the_peer_s_mixup_is_the_rounded_mixture_of_both_images():
+    batch = np.random.default_rng(0).integers(0, 256, [6, 8, 8, 3], np.uint8)
+    mixed, recipe = batch.copy(), dataclasses.replace(FULL, mix_switch=0.0)
+    share = pillow_loader.mix(mixed, recipe, random.Random(3))
+    expected = share * batch.astype(np.float64) + (1 - share) * batch[::-1]
+    assert 0 < share < 1
+    assert np.abs(mixed - expected).max() <= 0.5 + 1e-3  # rounded to the nearest
+
+
+def test_the_peer_s_cutmix_pastes_one_box_and_reports_its_area():
+    batch = np.random.default_rng(0).integers(0, 256, [4, 32, 32, 3], np.uint8)
+    mixed, recipe = batch.copy(), dataclasses.replace(FULL, mix_switch=1.0)
+    share = pillow_loader.mix(mixed, recipe, random.Random(5))
+    pasted = (mixed == batch[::-1]).all((0, 3))  # [32, 32]
+    rows, columns = np.nonzero(pasted)
+    assert 0 < pasted.sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)  # one full rectangle
+    assert share == pytest.approx(1 - pasted.mean())
+    np.testing.assert_array_equal(mixed[:, ~pasted], batch[:, ~pasted])
+
+
+def test_the_peer_s_windows_obey_the_law_of_the_random_resized_crop():
+    rng, areas = random.Random(0), []
+    for _ in range(10_000):
+        left, top, width, height = pillow_loader.crop_window(384, 384, FULL, rng)
+        assert left >= 0 and top >= 0 and left + width <= 384 and top + height <= 384
+        assert 0.73 < width / height < 1.37  # a px of rounding beyond 3/4 and 4/3
+        areas.append(width * height / 384**2)
+    assert min(areas) > 0.078 and max(areas) > 0.97
+    # Of a square a window of area s and ratio r fits where s * max(r, 1 / r) <= 1: surely up to 3/4, beyond it with
+    # probability -ln(s) / ln(4/3), whose integral to 1 is 0.119. The others are drawn again.
+    assert np.mean(np.array(areas) < 0.5) == pytest.approx(0.42 / (0.67 + 0.119), abs=0.02)
+
+
+def test_the_peer_s_workers_show_every_image_once_an_epoch():
+    encoded = []
+    for shade in range(8):
+        file = io.BytesIO()
+        Image.new("RGB", (20, 16), (shade * 30,) * 3).save(file, "PNG")
+        encoded.append(file.getvalue())
+    recipe = dataclasses.replace(pillow_loader.RECIPES["crop_flip"], size=8)
+    with pillow_loader.Loader(encoded, np.arange(8), recipe, workers=2, batch=4) as loader:
+        batches = iter(loader)
+        for _ in range(2):
+            seen = []
+            for _ in range(2):
+                images, labels, share = next(batches)
+                assert share == 1.0
+                np.testing.assert_array_equal(images, np.broadcast_to(labels[:, None, None, None] * 30, [4, 8, 8, 3]))
+                seen.extend(labels)
+            assert sorted(seen) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "usage: python tools/benchmark.py accumulate|data"),
+        (("speed",), "'speed' is no measurement; usage"),
+        (("data", "--config.data.name=folder:/nowhere/at/all"), "/nowhere/at/all"),
+        (("data", "--config.data.name=tfds:tf_flowers", "--config.data.data_dir=/nowhere"), "/nowhere"),
+    ],
+)
+def test_a_wrong_command_line_and_absent_data_are_one_line_and_exit_code_1(words, said):
+    command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr

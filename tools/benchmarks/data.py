@@ -1,0 +1,325 @@
+"""Time the data stream, stage by stage or against Pillow, and say whether it or the model limits training.
+
+Promises: what is timed is the stream that trains, `deit.data.stream.training`; a stage is left out by switching its
+configuration fields off. Every figure is of the steady state (start-up, tracing and full buffers excluded) and the
+median of alternating rounds.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tqdm
+from absl import logging
+
+from deit import config as configuration
+from deit import errors, rules
+from deit.data import mixing, sources, stream
+from tools.benchmarks import pillow_loader, update
+
+PEER_WORKERS = 2  # threads of the stream, processes of the Pillow loader
+_PEER_IMAGES = 4096  # of the split, held in memory for the Pillow loader
+_DISCARD = 4  # batches after a start that are not timed: more than tf.data makes ahead
+
+_NO_MIX = {"augment.mixup": 0.0, "augment.cutmix": 0.0}
+_CROP_ONLY = {
+    **_NO_MIX,
+    "augment.flip": 0.0,
+    "augment.randaugment": "",
+    "augment.three_augment": False,
+    "augment.jitter": 0.0,
+    "augment.erasing": 0.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Medians of a measurement: images/s, and ms of CPU (all threads of this process) an image."""
+
+    images_per_sec: float
+    cpu_ms: float
+
+
+def measure(
+    config, source: sources.Source, *, images: int, rounds: int, updates: int, warm_up: float = pillow_loader.WARM_UP
+) -> dict[str, Any]:
+    """Time every stage and the student's update; return what `lines` prints, as plain numbers.
+
+    `images` are timed of each stage and round, after `warm_up` seconds; `updates` of the student are.
+    """
+    small = update.copy_of(config, {"global_batch": update.whole_groups(config)})
+    run_update, network = update.student(small, classes=source.classes, train_size=len(source))
+    rates = network.drop_rates
+    kinds = {
+        "read": _reads(config, source),
+        "crop": _batches(_stream(update.copy_of(config, _CROP_ONLY), source, rates)),
+        "augment": _batches(_stream(update.copy_of(config, _NO_MIX), source, rates)),
+        "batch": _batches(_ready_examples(config, source, rates)),
+        "mix": _mixing(config, _stream(config, source, rates)),
+        "whole": _mixed(config, _stream(config, source, rates)),
+    }
+    kinds = {name: (make, config.global_batch) for name, make in kinds.items()}
+    found = {
+        name: Timing(*map(statistics.median, zip(*timings)))
+        for name, timings in _rounds(kinds, images=images, rounds=rounds, warm_up=warm_up).items()
+    }
+    table = stages(**found, workers=config.data.threads or _cpus())
+    model = update.rate(run_update, next(iter(_stream(small, source, rates))), updates=updates)
+    slowest = min(table, key=lambda row: row["limit"])
+    stream_rate = table[-1]["images_per_sec"]
+    return {
+        "image_size": config.data.image_size,
+        "threads": config.data.threads,
+        "cpus": _cpus(),
+        "device": tf.config.list_logical_devices("GPU")[0].name if tf.config.list_logical_devices("GPU") else "CPU",
+        "stages": table,
+        "images_per_sec": stream_rate,
+        "bottleneck": slowest["stage"],
+        "model": config.model.variant,
+        "teacher_included": config.distill.kind == "none",
+        "model_images_per_sec": model,
+        "limited_by": "model" if model < stream_rate else "data",
+        "factor": max(model, stream_rate) / min(model, stream_rate),
+    }
+
+
+def stages(
+    *, read: Timing, crop: Timing, augment: Timing, batch: Timing, mix: Timing, whole: Timing, workers: int
+) -> list[dict[str, Any]]:
+    """Return the rows of the table: stage, images_per_sec of the stream up to it, cpu_ms it adds, share of all, limit.
+
+    `read`, `batch` and `mix` were measured by themselves, the others are the stream up to there, `whole` to its end.
+    Batching can't be left out of `crop` and `augment`: it is taken off them in proportion to its CPU time.
+    `limit`: images/s that the stage by itself would allow; cropping and augmenting have `workers` threads.
+    """
+    added = {
+        "read": read.cpu_ms,
+        "decode+crop": crop.cpu_ms - batch.cpu_ms - read.cpu_ms,
+        "augment": augment.cpu_ms - crop.cpu_ms,
+        "batch": batch.cpu_ms,
+        "mix": mix.cpu_ms,
+    }
+    added = {stage: max(0.0, cost) for stage, cost in added.items()}  # below zero: less than the noise
+    rates = {
+        "read": read.images_per_sec,
+        "decode+crop": crop.images_per_sec / max(0.1, 1 - batch.cpu_ms / crop.cpu_ms),
+        "augment": augment.images_per_sec / max(0.1, 1 - batch.cpu_ms / augment.cpu_ms),
+        "batch": augment.images_per_sec,
+        "mix": whole.images_per_sec,
+    }
+    limits = {
+        "read": read.images_per_sec,
+        "decode+crop": _limit(added["decode+crop"], workers),
+        "augment": _limit(added["augment"], workers),
+        "batch": batch.images_per_sec,
+        "mix": mix.images_per_sec,
+    }
+    total = sum(added.values())
+    return [
+        {
+            "stage": stage,
+            "images_per_sec": rates[stage],
+            "cpu_ms": cost,
+            "share": cost / total,
+            "limit": limits[stage],
+        }
+        for stage, cost in added.items()
+    ]
+
+
+def _limit(milliseconds: float, workers: int) -> float:
+    return workers * 1000 / max(milliseconds, 1e-3)
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """Return the table and the verdict of `measure` as text."""
+    rows = [
+        f"{row['stage']:<12} {row['images_per_sec']:>14,.0f} {row['cpu_ms']:>14.3f} {row['share']:>8.0%}"
+        for row in result["stages"]
+    ]
+    worst = next(row for row in result["stages"] if row["stage"] == result["bottleneck"])
+    teacher = "" if result["teacher_included"] else " (labels of the teacher given: its own forward pass comes on top)"
+    slow, fast = ("model", "data stream") if result["limited_by"] == "model" else ("data stream", "model")
+    return [
+        f"{result['image_size']} px, {result['threads'] or 'tf.data decides on'} threads, {result['cpus']} CPUs, "
+        f"device {result['device']}",
+        f"{'stage':<12} {'images/s so far':>14} {'CPU ms it adds':>14} {'share':>8}",
+        *rows,
+        f"bottleneck of the stream: {worst['stage']} ({worst['limit']:,.0f} images/s by itself)",
+        f"model: {result['model']} takes {result['model_images_per_sec']:,.1f} images/s{teacher}",
+        f"verdict: the {slow} limits training; the {fast} is {result['factor']:,.1f} times as fast",
+    ]
+
+
+def compare(config, source: sources.Source, *, images: int, rounds: int) -> dict[str, Any]:
+    """Time the stream with 2 threads and the Pillow loader of the same recipe with 2 processes, in turn.
+
+    Each does the whole recipe and ends in mixed float32 micro-batches: the stream mixes on the device, the Pillow
+    loader in its workers (timm's FastCollateMixup), and its images become float32 where they are used.
+    Errors: UserError for an augmentation that the Pillow loader lacks.
+    """
+    recipe = recipe_of(config)
+    config = update.copy_of(config, {"data.threads": PEER_WORKERS})
+    rows = np.sort(np.random.default_rng(0).permutation(len(source))[:_PEER_IMAGES])
+    encoded, labels = source.read(rows)
+    group = config.augment.mix_group
+    with pillow_loader.Loader(encoded, labels, recipe, workers=PEER_WORKERS, batch=group) as loader:
+        batches = _floats(iter(loader), config.micro_batch)
+        kinds = {
+            "stream": (_mixed(config, _stream(config, source, ())), config.global_batch),
+            "pillow": (lambda: batches, group),
+        }
+        found = _rounds(kinds, images=images, rounds=rounds)
+    rates = {name: [rate for rate, _ in timings] for name, timings in found.items()}
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+    return {
+        "image_size": config.data.image_size,
+        "workers": PEER_WORKERS,
+        "cpus": _cpus(),
+        "images_per_sec": medians["stream"],
+        "pillow_images_per_sec": medians["pillow"],
+        "ratio": medians["stream"] / medians["pillow"],
+        "rounds": rates,
+    }
+
+
+def comparison_lines(result: dict[str, Any]) -> list[str]:
+    """Return what `compare` found as text."""
+    stream_rounds, pillow_rounds = (
+        ", ".join(f"{rate:,.0f}" for rate in result["rounds"][name]) for name in ("stream", "pillow")
+    )
+    workers = result["workers"]
+    return [
+        f"{result['image_size']} px, {result['cpus']} CPUs",
+        f"stream, {workers} threads  : {result['images_per_sec']:>8,.0f} images/s ({stream_rounds})",
+        f"Pillow, {workers} processes: {result['pillow_images_per_sec']:>8,.0f} images/s ({pillow_rounds})",
+        f"ratio            : {result['ratio']:>8.2f}",
+    ]
+
+
+def recipe_of(config) -> pillow_loader.Recipe:
+    """Return the Pillow loader's recipe of a configuration. Errors: UserError for what the loader lacks."""
+    augment = config.augment
+    lacking = {
+        "augment.crop": augment.crop != "random_resized",
+        "augment.three_augment": augment.three_augment,
+        "augment.jitter": augment.jitter > 0,
+        "augment.mix_prob": configuration.mixes(augment) and augment.mix_prob < 1,
+    }
+    for name in filter(lacking.get, lacking):
+        raise errors.UserError(
+            f"{name} ({getattr(augment, name.partition('.')[2])}) is not in the Pillow loader's recipe: --peer wants "
+            "random_resized crops and of the rest flip, randaugment, erasing, mixup, cutmix (preset :full)"
+        )
+    policy = rules.randaugment_policy(augment.randaugment) if augment.randaugment else None
+    return pillow_loader.Recipe(
+        size=config.data.image_size,
+        scale=tuple(augment.scale),
+        ratio=tuple(augment.ratio),
+        flip=augment.flip,
+        num_ops=policy.num_ops if policy else 0,
+        magnitude=policy.magnitude if policy else 0.0,
+        magnitude_std=policy.std if policy else 0.0,
+        erasing=augment.erasing,
+        mix=configuration.mixes(augment),
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        mix_switch=augment.mix_switch if augment.mixup and augment.cutmix else float(augment.cutmix > 0),
+        mean=tuple(config.model.mean),
+        std=tuple(config.model.std),
+    )
+
+
+def _rounds(
+    kinds: dict[str, tuple[Callable[[], Iterator], int]],
+    *,
+    images: int,
+    rounds: int,
+    warm_up: float = pillow_loader.WARM_UP,
+) -> dict[str, list[tuple[float, float]]]:
+    """Time every (iterator maker, batch size) once a round: images/s and CPU ms an image, round by round."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    busy = os.getloadavg()[0]
+    if busy > 0.5 * _cpus():
+        logging.warning("other processes are busy (load average %.1f): rates and ratios are of little worth", busy)
+    timed = functools.partial(pillow_loader.timed, discard=_DISCARD, warm_up=warm_up)
+    with tqdm.tqdm(total=rounds * len(kinds), desc="measuring", leave=False, disable=None) as bar:
+        for _ in range(rounds):
+            for name, (make, batch) in kinds.items():
+                bar.set_postfix_str(name)
+                found[name].append(timed(make(), images=images, batch=batch))
+                bar.update()
+    return found
+
+
+def _stream(config, source: sources.Source, rates: Sequence[float]) -> tf.data.Dataset:
+    size = config.global_batch
+    return stream.training(source, config, start_update=0, slice_start=0, slice_size=size, drop_rates=rates)
+
+
+def _ready_examples(config, source: sources.Source, rates: Sequence[float]) -> tf.data.Dataset:
+    """Return batches of an example that is there already: what batching costs by itself."""
+    example = {name: value[0] for name, value in next(iter(_stream(config, source, rates))).items()}
+    return tf.data.Dataset.from_tensors(example).repeat().batch(config.global_batch, drop_remainder=True).prefetch(2)
+
+
+def _reads(config, source: sources.Source) -> Callable[[], Iterator]:
+    """Return batches of encoded images in the order of the stream."""
+
+    def make():
+        positions = tf.range(config.global_batch, dtype=tf.int64)
+        while True:
+            yield source.read(stream.positions_to_indices(positions, n=len(source), seed=config.seed).numpy())
+            positions += config.global_batch
+
+    return make
+
+
+def _batches(dataset: tf.data.Dataset) -> Callable[[], Iterator]:
+    return lambda: iter(dataset)
+
+
+def _mixed(config, dataset: tf.data.Dataset) -> Callable[[], Iterator]:
+    """Return the batches of a stream, mixed."""
+    mixer = _mixer(config)
+    return lambda: (mixer(batch).numpy() for batch in dataset)
+
+
+def _floats(batches: Iterator, micro: int) -> Iterator[np.ndarray]:
+    """Turn each batch of the Pillow loader into float32 micro-batches, as a device would; yield the last."""
+    for images, _, _ in batches:
+        for start in range(0, len(images), micro):
+            last = images[start : start + micro].astype(np.float32)
+        yield last
+
+
+def _mixing(config, dataset: tf.data.Dataset) -> Callable[[], Iterator]:
+    """Return one batch mixed again and again: what mixing costs by itself."""
+    mixer, batch = _mixer(config), next(iter(dataset))
+    return lambda: (mixer(batch).numpy() for _ in itertools.count())
+
+
+def _mixer(config) -> Callable[[dict[str, tf.Tensor]], tf.Tensor]:
+    """Return f(batch): every micro-batch goes through the device's mixing, one number an image is left [b]."""
+    micro, size = config.micro_batch, config.global_batch
+
+    @tf.function(autograph=False)
+    def mixed(batch):
+        def body(i, kept):
+            images = mixing.images(batch, i * micro, micro)  # [b, S, S, 3]
+            return i + 1, kept + images[:, 0, 0, 0]
+
+        start = (tf.constant(0), tf.zeros([micro]))
+        return tf.while_loop(lambda i, _: i < size // micro, body, start, parallel_iterations=1)[1]
+
+    return mixed
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
