@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import op_def_registry
 
 from configs import base, deit_tiny_flowers
-from deit.data import augment, decode, sources, stream
+from deit.data import augment, decode, sources, stream, views
 
 N, BATCH, SIZE = 12, 8, 16
 
@@ -285,3 +286,13 @@ def test_real_flowers_stream_and_resume(flowers_dir):
     assert joined(whole, "weight").all()
     weights = joined(stream.evaluation(held_out, config, batch=64).as_numpy_iterator(), "weight")
     assert weights.sum() == 367 and len(weights) == 384
+
+
+@pytest.mark.parametrize("fields", [{}, DEIT_III], ids=["deit", "deit-iii"])
+def test_no_view_has_a_stateful_op_which_deterministic_tensorflow_would_run_one_at_a_time(fields):
+    view = tf.function(views.training(everything_on(**fields)))
+    graph = view.get_concrete_function(tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64)).graph
+    functions = graph.as_graph_def().library.function
+    ops = {op.type for op in graph.get_operations()} | {node.op for each in functions for node in each.node_def}
+    assert "DecodeAndCropJpeg" in ops or "DecodeJpeg" in ops  # the search has found the branches
+    assert not {name for name in ops if (known := op_def_registry.get(name)) and known.is_stateful}

@@ -5,6 +5,8 @@ refused on its header alone (a file of 100 kB can ask for gigabytes). Errors com
 graph runs: the stream turns them into a placeholder.
 """
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 
@@ -13,8 +15,8 @@ def decode(encoded: tf.Tensor, *, max_pixels: int = 0) -> tf.Tensor:
 
     Grey becomes three equal channels, alpha is dropped.
     """
-    with tf.control_dependencies([size(encoded, max_pixels=max_pixels)] if max_pixels else []):
-        encoded = tf.identity(encoded)
+    if max_pixels:
+        encoded = _limited(encoded, size(encoded), max_pixels)
     return tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
@@ -22,7 +24,7 @@ def decode(encoded: tf.Tensor, *, max_pixels: int = 0) -> tf.Tensor:
     )
 
 
-def window(encoded: tf.Tensor, choose, *, max_pixels: int = 0) -> tf.Tensor:
+def window(encoded: tf.Tensor, choose: Callable, *, max_pixels: int = 0) -> tf.Tensor:
     """Decode the part of an image that `choose(height, width)` names, int32 [4]: top, left, height, width.
 
     A JPEG is decoded only where the window is, so a truncated one fails only where rows are missing.
@@ -30,13 +32,13 @@ def window(encoded: tf.Tensor, choose, *, max_pixels: int = 0) -> tf.Tensor:
 
     def jpeg():
         shape = tf.io.extract_jpeg_shape(encoded)
-        with tf.control_dependencies(_limited(shape[:2], max_pixels)):
-            chosen = choose(shape[0], shape[1])
-        return tf.io.decode_and_crop_jpeg(encoded, chosen, channels=3, dct_method="INTEGER_ACCURATE")
+        data = _limited(encoded, shape[:2], max_pixels) if max_pixels else encoded
+        chosen = choose(shape[0], shape[1])
+        return tf.io.decode_and_crop_jpeg(data, chosen, channels=3, dct_method="INTEGER_ACCURATE")
 
     def other():
-        with tf.control_dependencies([size(encoded, max_pixels=max_pixels)] if max_pixels else []):
-            image = _decode_other(encoded)
+        data = _limited(encoded, size(encoded), max_pixels) if max_pixels else encoded
+        image = _decode_other(data)
         shape = tf.shape(image)
         top, left, height, width = tf.unstack(choose(shape[0], shape[1]))
         return image[top : top + height, left : left + width]
@@ -44,28 +46,28 @@ def window(encoded: tf.Tensor, choose, *, max_pixels: int = 0) -> tf.Tensor:
     return tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
 
 
-def size(encoded: tf.Tensor, *, max_pixels: int = 0) -> tf.Tensor:
-    """Return height and width from the header, int32 [2]; more than `max_pixels` (0: no limit) is an error."""
+def size(encoded: tf.Tensor) -> tf.Tensor:
+    """Return height and width from the header, int32 [2]; -1, -1 for what is no image that can be decoded."""
     png, gif = tf.strings.substr(encoded, 0, 4) == b"\x89PNG", tf.strings.substr(encoded, 0, 4) == b"GIF8"
     bmp = tf.strings.substr(encoded, 0, 2) == b"BM"
-    found = tf.case(
+    return tf.case(
         [
             (tf.io.is_jpeg(encoded), lambda: tf.io.extract_jpeg_shape(encoded)[:2]),
             (png, lambda: tf.reverse(_numbers(encoded, 16, tf.int32, little=False), [0])),
             (gif, lambda: tf.cast(tf.reverse(_numbers(encoded, 6, tf.uint16, little=True), [0]), tf.int32)),
             (bmp, lambda: tf.abs(tf.reverse(_numbers(encoded, 18, tf.int32, little=True), [0]))),
         ],
-        default=lambda: tf.fill([2], tf.constant(-1)),  # not an image: the decoder says so
+        default=lambda: tf.fill([2], tf.constant(-1)),
     )
-    with tf.control_dependencies(_limited(found, max_pixels)):
-        return tf.identity(found)
 
 
-def _limited(shape: tf.Tensor, max_pixels: int) -> list[tf.Operation]:
-    if not max_pixels:
-        return []
+def _limited(encoded: tf.Tensor, shape: tf.Tensor, max_pixels: int) -> tf.Tensor:
+    """Return the bytes, or none where the image is too large: the decoder then refuses them as it refuses others.
+
+    Not by an assertion: that is a stateful op, and tf.data runs functions that have one slower.
+    """
     count = tf.reduce_prod(tf.cast(shape, tf.int64))
-    return [tf.debugging.assert_less_equal(count, tf.constant(max_pixels, tf.int64), "larger than data.max_pixels")]
+    return tf.where(count <= max_pixels, encoded, "")
 
 
 def _numbers(encoded: tf.Tensor, offset: int, dtype: tf.DType, *, little: bool) -> tf.Tensor:

@@ -221,8 +221,8 @@ def _translated(image: tf.Tensor, pixels: tf.Tensor | float, fill: tf.Tensor, *,
     last = tf.cast(tf.math.ceil(tf.cast(count, tf.float32) - 0.5 - pixels), tf.int32)
     first, last = tf.clip_by_value(first, 0, count), tf.clip_by_value(last, 0, count)
     last = tf.maximum(first, last)
-    edge = [[1, 1] if i == axis else [0, 0] for i in range(3)]
-    padded = tf.pad(image, edge, "SYMMETRIC")  # the border's own colour half a pixel around, as Pillow has it
+    # The border's own colour half a pixel around, as Pillow has it.
+    padded = tf.concat([_slice(image, 0, 1, axis), image, _slice(image, count - 1, 1, axis)], axis)
     start = tf.clip_by_value(first + whole + 1, 0, count + 1)
     taken = _slice(padded, start, last - first + 1, axis)
     one, other = _slice(taken, 0, last - first, axis), _slice(taken, 1, last - first, axis)
@@ -234,7 +234,7 @@ def _translated(image: tf.Tensor, pixels: tf.Tensor | float, fill: tf.Tensor, *,
     )
 
 
-def _slice(image: tf.Tensor, start: tf.Tensor | int, count: tf.Tensor, axis: int) -> tf.Tensor:
+def _slice(image: tf.Tensor, start: tf.Tensor | int, count: tf.Tensor | int, axis: int) -> tf.Tensor:
     start = tf.convert_to_tensor(start)
     return tf.slice(
         image, [start if i == axis else 0 for i in range(3)], [count if i == axis else -1 for i in range(3)]

@@ -159,8 +159,9 @@ def _batches(reads: tf.data.Dataset, picture: Callable, count: int, threads: int
     """Return batches of `picture(encoded, position)` over elements (encoded, label, position) [count] each.
 
     A graph cannot catch an op's error, a data set can. So each batch is a data set of its own: what fails in it is
-    left out, and the rows that came through say which are missing. This costs nothing where nothing fails; over the
-    whole stream, left-out examples would shift all later positions.
+    left out, and the rows that came through say which are missing. Over the whole stream, left-out examples would
+    shift all later positions; a data set for every single image would double its cost, and read in place it would be
+    a stateful op, which deterministic TensorFlow (runtime.prepare) runs one at a time.
     """
     calls = threads or cores()
 

@@ -5,6 +5,7 @@ configuration fields off. Every figure is of the steady state (start-up, tracing
 median of alternating rounds.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,7 +22,7 @@ from absl import logging
 from deit import config as configuration
 from deit import errors, rules
 from deit.data import mixing, sources, stream
-from tools.benchmarks import pillow_loader, update
+from tools.benchmarks import pillow_loader, pillow_recipe, update
 
 PEER_WORKERS = 2  # threads of the stream, processes of the Pillow loader
 _PEER_IMAGES = 4096  # of the split, held in memory for the Pillow loader
@@ -158,23 +159,25 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def compare(config, source: sources.Source, *, images: int, rounds: int) -> dict[str, Any]:
-    """Time the stream with 2 threads and the Pillow loader of the same recipe with 2 processes, in turn.
+    """Time the stream with 2 threads and two Pillow loaders of the same recipe with 2 processes, in turn.
 
     Each does the whole recipe and ends in mixed float32 micro-batches: the stream mixes on the device, the Pillow
-    loader in its workers (timm's FastCollateMixup), and its images become float32 where they are used.
-    Errors: UserError for an augmentation that the Pillow loader lacks.
+    loaders in their workers, and their images become float32 where they are used. Of the loaders one takes timm's
+    steps, the other as few as the recipe allows (pillow_recipe.Recipe).
+    Errors: UserError for an augmentation that the Pillow loaders lack.
     """
     recipe = recipe_of(config)
     config = update.copy_of(config, {"data.threads": PEER_WORKERS})
     rows = np.sort(np.random.default_rng(0).permutation(len(source))[:_PEER_IMAGES])
     encoded, labels = source.read(rows)
     group = config.augment.mix_group
-    with pillow_loader.Loader(encoded, labels, recipe, workers=PEER_WORKERS, batch=group) as loader:
-        batches = _floats(iter(loader), config.micro_batch)
-        kinds = {
-            "stream": (_mixed(config, _stream(config, source, ())), config.global_batch),
-            "pillow": (lambda: batches, group),
-        }
+    with contextlib.ExitStack() as stack:
+        kinds = {"stream": (_mixed(config, _stream(config, source, ())), config.global_batch)}
+        for style in pillow_recipe.STYLES:
+            like = dataclasses.replace(recipe, style=style)
+            loader = pillow_loader.Loader(encoded, labels, like, workers=PEER_WORKERS, batch=group)
+            batches = _floats(iter(stack.enter_context(loader)), config.micro_batch)
+            kinds[style] = (functools.partial(lambda kept: kept, batches), group)
         found = _rounds(kinds, images=images, rounds=rounds)
     rates = {name: [rate for rate, _ in timings] for name, timings in found.items()}
     medians = {name: statistics.median(each) for name, each in rates.items()}
@@ -183,27 +186,28 @@ def compare(config, source: sources.Source, *, images: int, rounds: int) -> dict
         "workers": PEER_WORKERS,
         "cpus": _cpus(),
         "images_per_sec": medians["stream"],
-        "pillow_images_per_sec": medians["pillow"],
-        "ratio": medians["stream"] / medians["pillow"],
+        **{f"pillow_{style}_images_per_sec": medians[style] for style in pillow_recipe.STYLES},
+        **{f"ratio_{style}": medians["stream"] / medians[style] for style in pillow_recipe.STYLES},
         "rounds": rates,
     }
 
 
 def comparison_lines(result: dict[str, Any]) -> list[str]:
     """Return what `compare` found as text."""
-    stream_rounds, pillow_rounds = (
-        ", ".join(f"{rate:,.0f}" for rate in result["rounds"][name]) for name in ("stream", "pillow")
-    )
+    shown = {name: ", ".join(f"{rate:,.0f}" for rate in rates) for name, rates in result["rounds"].items()}
     workers = result["workers"]
-    return [
+    lines = [
         f"{result['image_size']} px, {result['cpus']} CPUs",
-        f"stream, {workers} threads  : {result['images_per_sec']:>8,.0f} images/s ({stream_rounds})",
-        f"Pillow, {workers} processes: {result['pillow_images_per_sec']:>8,.0f} images/s ({pillow_rounds})",
-        f"ratio            : {result['ratio']:>8.2f}",
+        f"{f'stream, {workers} threads':<32} {result['images_per_sec']:>8,.0f} images/s ({shown['stream']})",
     ]
+    for style, how in pillow_recipe.STYLES.items():
+        name = f"Pillow {how}, {workers} processes"
+        rate, ratio = result[f"pillow_{style}_images_per_sec"], result[f"ratio_{style}"]
+        lines.append(f"{name:<32} {rate:>8,.0f} images/s ({shown[style]})   ratio {ratio:.2f}")
+    return lines
 
 
-def recipe_of(config) -> pillow_loader.Recipe:
+def recipe_of(config) -> pillow_recipe.Recipe:
     """Return the Pillow loader's recipe of a configuration. Errors: UserError for what the loader lacks."""
     augment = config.augment
     lacking = {
@@ -218,7 +222,7 @@ def recipe_of(config) -> pillow_loader.Recipe:
             "random_resized crops and of the rest flip, randaugment, erasing, mixup, cutmix (preset :full)"
         )
     policy = rules.randaugment_policy(augment.randaugment) if augment.randaugment else None
-    return pillow_loader.Recipe(
+    return pillow_recipe.Recipe(
         size=config.data.image_size,
         scale=tuple(augment.scale),
         ratio=tuple(augment.ratio),
