@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from deit import config as configuration
 from deit import pictures
-from deit.data import mixing, sources, stream, views
+from deit.data import decode, mixing, sources, stream, views
 
 EXAMPLES = 6  # rows
 VIEWS = 4  # columns beside the original
@@ -29,7 +29,7 @@ def draw(source: sources.Source, config, *, examples: int = EXAMPLES, count: int
     encoded, labels = source.read(np.array(wanted))
     rows = []
     for i, (name, data, label) in enumerate(zip(names, encoded, labels)):
-        original = (_whole(data), [_class(source, label), name])
+        original = (_whole(data, config.data.max_pixels), [_class(source, label), name])
         rows.append([original, *shown[i * count : (i + 1) * count]])
     return pictures.sheet(rows)
 
@@ -84,8 +84,8 @@ def _class(source: sources.Source, label: int) -> str:
     return source.classes[int(label)]
 
 
-def _whole(encoded: bytes) -> np.ndarray:
+def _whole(encoded: bytes, max_pixels: int) -> np.ndarray:
     try:
-        return tf.io.decode_image(encoded, channels=3, expand_animations=False).numpy()
-    except tf.errors.InvalidArgumentError:
+        return decode.decode(encoded, max_pixels=max_pixels).numpy()
+    except tf.errors.InvalidArgumentError:  # the views beside it say so
         return np.zeros([8, 8, 3], np.uint8)

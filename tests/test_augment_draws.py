@@ -168,7 +168,7 @@ def test_three_augment_does_what_it_chose():
     image = photos.views()[1]
     pillow = Image.fromarray(image)
     seen = set()
-    for seed in draws.seeds(12):
+    for seed in draws.seeds(24):
         choice, radius = int(augment.three_augment_choice(seed)), float(augment.blur_radius(seed))
         expected = (
             lambda: pillow.convert("L").convert("RGB"),
@@ -350,4 +350,5 @@ def test_same_seed_same_bytes_in_any_thread(name):
     assert once.dtype == np.uint8
     np.testing.assert_array_equal(run(4), once)
     np.testing.assert_array_equal(run(1), once)
-    assert len({picture.tobytes() for picture in once}) >= (2 if name == "flip" else 20)
+    # Of 64 views 3-Augment blurs a third, each by a radius of its own; its other two choices make one picture each.
+    assert len({picture.tobytes() for picture in once}) >= {"flip": 2, "three_augment": 10}.get(name, 20)

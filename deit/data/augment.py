@@ -16,10 +16,10 @@ from deit.data import decode, ops
 CROP = 1
 FLIP = 2
 RANDAUGMENT = 3
-RANDAUGMENT_LEVEL = 4
-THREE_AUGMENT = 5
-JITTER = 6
-ERASE = 7
+THREE_AUGMENT = 4
+JITTER = 5
+ERASE = 6
+ERASE_BOX = 7
 ERASE_NOISE = 8
 
 _TRIES = 10  # windows that random_resized_crop draws before it takes the central one (torchvision's number)
@@ -185,7 +185,12 @@ def erase_box(height: int, width: int, seed: tf.Tensor, *, probability: float) -
     Law (Zhong et al., arXiv:1708.04896, as in timm): with `probability` the first of 10 draws of area (0.02 to 1/3 of
     the picture) and ratio (log-uniform, 0.3 to 1/0.3) that is smaller than the picture; none, where none is.
     """
-    drawn = _uniform(seed, ERASE, 2 * _TRIES + 3)
+    wanted = _uniform(seed, ERASE, 1)[0] < probability
+    return tf.cond(wanted, lambda: _erase_box(height, width, seed), lambda: tf.zeros([4], tf.int32))
+
+
+def _erase_box(height: int, width: int, seed: tf.Tensor) -> tf.Tensor:
+    drawn = _uniform(seed, ERASE_BOX, 2 * _TRIES + 2)
     (least, most), (low, high) = _ERASE_AREA, (math.log(bound) for bound in _ERASE_RATIO)
     area = (least + drawn[:_TRIES] * (most - least)) * float(height * width)
     aspect = tf.exp(low + drawn[_TRIES : 2 * _TRIES] * (high - low))
@@ -194,9 +199,8 @@ def erase_box(height: int, width: int, seed: tf.Tensor, *, probability: float) -
     first = tf.argmax(fits)
     extent = tf.cast(tf.stack([tall[first], wide[first]]), tf.int32)
     free = tf.cast(tf.stack([height, width]) - extent + 1, tf.float32)
-    offset = tf.cast(drawn[2 * _TRIES : 2 * _TRIES + 2] * free, tf.int32)
-    wanted = (drawn[-1] < probability) & tf.reduce_any(fits)
-    return tf.where(wanted, tf.concat([offset, extent], 0), 0)
+    offset = tf.cast(drawn[2 * _TRIES :] * free, tf.int32)
+    return tf.where(tf.reduce_any(fits), tf.concat([offset, extent], 0), 0)
 
 
 def erase(

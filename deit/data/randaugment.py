@@ -1,11 +1,11 @@
 """RandAugment (Cubuk et al., arXiv:1909.13719) as DeiT uses it: timm's "increasing" operations and magnitudes.
 
-Promises: an operation that is not applied is not computed (a branch of the graph that does not run); what is drawn
+Promises: an operation that is not applied is not computed (a function that is not called); what is drawn
 is a function of the seed alone, so `describe` says what `apply` did. Geometric operations are bilinear (timm under
 DeiT: bicubic, which TensorFlow has no fast form of) and fill with the student's mean colour.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -26,24 +26,49 @@ _SOLARIZE_ADD, _MOST_ADDED = 110.0, 128.0
 def draw(seed: tf.Tensor, policy: rules.Policy) -> dict[str, tf.Tensor]:
     """Draw with replacement: op int32, applied bool, level float32 (0 to 10), sign +-1, [num_ops] each."""
     count = policy.num_ops
-    drawn = tf.random.stateless_uniform([3 * count], augment.draw_seed(seed, augment.RANDAUGMENT))
-    levels = policy.magnitude * tf.ones([count])
-    if policy.std:
-        levels += policy.std * tf.random.stateless_normal([count], augment.draw_seed(seed, augment.RANDAUGMENT_LEVEL))
+    drawn = tf.random.stateless_uniform([4, count], augment.draw_seed(seed, augment.RANDAUGMENT))
+    # The normal variate by its inverse distribution function, which saves a second draw; -inf is level 0.
+    levels = (
+        policy.magnitude + policy.std * tf.math.ndtri(drawn[3]) if policy.std else tf.fill([count], policy.magnitude)
+    )
     return {
-        "op": tf.cast(drawn[:count] * len(OPS), tf.int32),
-        "applied": drawn[count : 2 * count] < PROBABILITY,
-        "sign": tf.where(drawn[2 * count :] < 0.5, -1.0, 1.0),
+        "op": tf.cast(drawn[0] * len(OPS), tf.int32),
+        "applied": drawn[1] < PROBABILITY,
+        "sign": tf.where(drawn[2] < 0.5, -1.0, 1.0),
         "level": tf.clip_by_value(levels, 0.0, rules.MAX_LEVEL),
     }
 
 
-def apply(image: tf.Tensor, drawn: dict[str, tf.Tensor], fill: tf.Tensor) -> tf.Tensor:
+def apply(image: tf.Tensor, drawn: dict[str, tf.Tensor], fill: Sequence[int]) -> tf.Tensor:
     """Apply what `draw` drew to uint8 [H, W, 3], in order; `fill`: [3], what geometric operations show outside."""
+    image = tf.convert_to_tensor(image)
+    branches = _branches(image.shape, fill)
     for i in range(drawn["op"].shape[0]):
-        share, sign = drawn["level"][i] / rules.MAX_LEVEL, drawn["sign"][i]
-        image = _step(image, drawn["op"][i], drawn["applied"][i], share, sign, fill)
+        # Not tf.switch_case: that is lowered to a graph of all branches, through which the fourteen that do not run are
+        # passed on node by node. This op calls a function.
+        (image,) = tf.raw_ops.StatelessCase(
+            branch_index=tf.where(drawn["applied"][i], tf.cast(drawn["op"][i], tf.int32) + 1, 0),
+            input=[image, drawn["level"][i] / rules.MAX_LEVEL, drawn["sign"][i]],
+            Tout=[image.dtype],
+            branches=branches,
+            output_shapes=[image.shape],
+        )
     return image
+
+
+def _branches(shape: tf.TensorShape, fill: Sequence[int]) -> list:
+    """Return functions (image, level / 10, sign) -> image: nothing at all, then the operations in order."""
+    specs = (tf.TensorSpec(shape, tf.uint8), tf.TensorSpec([], tf.float32), tf.TensorSpec([], tf.float32))
+
+    def of(operation):
+        def branch(image, share, sign):
+            value = operation.argument(share, sign) if operation.argument else None
+            return tf.ensure_shape(operation.function(image, value, tf.constant(fill, tf.uint8)), shape)
+
+        return tf.function(branch, autograph=False).get_concrete_function(*specs)
+
+    nothing = tf.function(lambda image, share, sign: tf.identity(image), autograph=False)
+    return [nothing.get_concrete_function(*specs), *map(of, _OPERATIONS.values())]
 
 
 def describe(drawn: dict[str, np.ndarray]) -> list[str]:
@@ -60,16 +85,6 @@ def argument(name: str, level: tf.Tensor | float, sign: tf.Tensor | float) -> tf
     """Return an operation's parameter at `level` (0 to 10): degrees, bits, a factor, a share of a side; or None."""
     made = _OPERATIONS[name].argument
     return made(level / rules.MAX_LEVEL, sign) if made else None
-
-
-def _step(image, op, applied, share, sign, fill) -> tf.Tensor:
-    def branch(operation):
-        value = operation.argument(share, sign) if operation.argument else None
-        return operation.function(image, value, fill)
-
-    # One branch for "not applied" beside the fifteen: a switch in a switch would cost twice.
-    branches = [lambda: image, *((lambda each=each: branch(each)) for each in _OPERATIONS.values())]
-    return tf.ensure_shape(tf.switch_case(tf.where(applied, op + 1, 0), branches), image.shape)
 
 
 def _whole(value: tf.Tensor | float) -> tf.Tensor:

@@ -19,7 +19,7 @@ def training(config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """Return f(encoded, seed [2]) -> uint8 [S, S, 3] for a checked configuration."""
     c = config.augment
     policy = rules.randaugment_policy(c.randaugment) if c.randaugment else None
-    fill = tf.constant(fill_colour(config), tf.uint8)
+    fill = fill_colour(config)
     crop = _CROPS[c.crop]
 
     def view(encoded, seed):
