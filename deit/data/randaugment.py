@@ -48,7 +48,11 @@ def apply(image: tf.Tensor, drawn: dict[str, tf.Tensor], fill: Sequence[int]) ->
         # passed on node by node. This op calls a function.
         (image,) = tf.raw_ops.StatelessCase(
             branch_index=tf.where(drawn["applied"][i], tf.cast(drawn["op"][i], tf.int32) + 1, 0),
-            input=[image, drawn["level"][i] / rules.MAX_LEVEL, drawn["sign"][i]],
+            input=[
+                image,
+                tf.cast(drawn["level"][i], tf.float32) / rules.MAX_LEVEL,
+                tf.cast(drawn["sign"][i], tf.float32),
+            ],
             Tout=[image.dtype],
             branches=branches,
             output_shapes=[image.shape],
