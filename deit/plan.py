@@ -100,6 +100,7 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "") 
     rows = {
         "data": f"{config.data.name}  {r.train_size:,} train ({config.data.train_split}), "
         f"{r.eval_size:,} evaluation ({config.data.eval_split}), {len(r.classes)} classes{note}",
+        "augmentation": _augmentation(config.augment),
         "student": f"{config.model.variant}  {count:,} parameters, {spent.flops / 1e9:.2f} GFLOPs an image forward",
         "teacher": teacher,
         "distillation": _distillation(config, two_heads="dist" in network.model.output),
@@ -114,6 +115,21 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "") 
         "memory": f"about {memory / 1e9:.1f} GB without the teacher (estimate)",
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
+
+
+def _augmentation(a) -> str:
+    mixing = [f"{name} {a[name]:g}" for name in ("mixup", "cutmix") if a[name]]
+    parts = [
+        a.crop,
+        f"flip {a.flip:g}" if a.flip else "",
+        a.randaugment,
+        "three_augment" if a.three_augment else "",
+        f"jitter {a.jitter:g}" if a.jitter else "",
+        f"erasing {a.erasing:g}" if a.erasing else "",
+        f"{' and '.join(mixing)} in groups of {a.mix_group}" if configuration.mixes(a) else "",
+        f"{a.repeats} views of an example in a row" if a.repeats > 1 else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _distillation(config, *, two_heads: bool) -> str:

@@ -9,15 +9,16 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
-from configs import base, quickstart
+from configs import base, deit_tiny_flowers, quickstart
 from deit import errors
 from deit.data import sources
-from tools.benchmarks import data, pillow_loader
+from tests import photos
+from tools.benchmarks import data, peer, pillow_loader, pillow_recipe, update
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-FULL = pillow_loader.RECIPES["full"]
+FULL = pillow_recipe.Recipe()
 
 
 def full_config():
@@ -26,6 +27,13 @@ def full_config():
     config.augment.crop, config.augment.randaugment = "random_resized", "rand-m9-mstd0.5-inc1"
     config.augment.erasing, config.augment.mixup, config.augment.cutmix = 0.25, 0.8, 1.0
     return config
+
+
+def small_config():
+    """Return digits in mixed batches of 32, with a teacher."""
+    config = quickstart.get_config()
+    changes = {"global_batch": 32, "micro_batch": 8, "augment.mix_group": 16, "augment.mixup": 0.8}
+    return update.copy_of(config, changes)
 
 
 def timings(**changes: data.Timing) -> dict[str, data.Timing]:
@@ -71,9 +79,7 @@ def test_a_stage_that_is_less_than_the_noise_costs_nothing():
 
 
 def test_every_stage_of_a_real_stream_is_timed_and_one_of_stream_and_model_is_named():
-    config = quickstart.get_config("scratch")
-    with config.unlocked():
-        config.global_batch, config.micro_batch, config.augment.mix_group, config.augment.mixup = 32, 8, 16, 0.8
+    config = small_config()
     source = sources.open_source(config.data, "train")
     result = data.measure(config, source, images=64, rounds=1, updates=1, warm_up=0.0)
     assert all(row["images_per_sec"] > 0 for row in result["stages"])
@@ -84,10 +90,12 @@ def test_every_stage_of_a_real_stream_is_timed_and_one_of_stream_and_model_is_na
     text = "\n".join(data.lines(result))
     assert f"bottleneck of the stream: {result['bottleneck']} " in text
     assert "the model limits training" in text or "the data stream limits training" in text
+    assert result["teacher_left_out"] and text.endswith("makes the model slower still")
+    assert "teacher" not in "\n".join(data.lines({**result, "teacher_left_out": False}))
 
 
 def test_the_peer_s_recipe_is_the_configuration_s():
-    assert data.recipe_of(full_config()) == FULL
+    assert peer.recipe_of(full_config()) == FULL
 
 
 @pytest.mark.parametrize(
@@ -97,22 +105,54 @@ def test_what_the_peer_lacks_is_refused_by_name(field, value):
     config = full_config()
     config.augment[field] = value
     with pytest.raises(errors.UserError, match=rf"augment\.{field} \({value}\)"):
-        data.recipe_of(config)
+        peer.recipe_of(config)
 
 
-def test_the_peer_s_mixup_is_the_rounded_mixture_of_both_images():
+@pytest.mark.parametrize("preset", ["", "full"])
+def test_crop_and_flip_alone_switches_everything_else_off(preset):
+    config = deit_tiny_flowers.get_config(preset)
+    with config.unlocked():
+        config.augment.jitter, config.augment.flip = 0.3, 0.0
+    recipe = peer.recipe_of(update.copy_of(config, data.CROP_FLIP))
+    assert (recipe.num_ops, recipe.erasing, recipe.mix, recipe.flip) == (0, 0.0, False, 0.5)
+
+
+def test_the_peer_repeats_no_image_so_the_stream_repeats_none_and_a_line_says_so(monkeypatch):
+    config = update.copy_of(small_config(), {"augment.crop": "random_resized", "augment.repeats": 3})
+    seen, stream_of = [], data.stream_of
+    monkeypatch.setattr(data, "stream_of", lambda config, *rest: seen.append(config) or stream_of(config, *rest))
+    source = sources.open_source(config.data, "train")
+    result = peer.compare(config, source, images=32, rounds=1, warm_up=0.0)
+    assert [each.augment.repeats for each in seen] == [1]
+    assert result["ratio_lean"] == pytest.approx(result["images_per_sec"] / result["pillow_lean_images_per_sec"])
+    assert "augment.repeats is 1 in this comparison, not 3" in peer.lines(result)[1]
+    assert "repeats" not in "\n".join(peer.lines({**result, "configured_repeats": 1}))
+
+
+def mixed_by(style, batch, recipe, seed):
+    """Mix uint8 [B, H, W, 3] as the loader of a style does; return the mixture [B, H, W, 3] and the own share."""
+    rng, recipe = random.Random(seed), dataclasses.replace(recipe, style=style)
+    if style == "lean":
+        mixed = batch.copy()
+        return mixed, pillow_loader.mix(mixed, recipe, rng)
+    planes = np.zeros([len(batch), 3, *batch.shape[1:3]], np.uint8)
+    share = pillow_loader.collate(list(batch), planes, recipe, rng)
+    return np.moveaxis(planes, 1, 3), share
+
+
+@pytest.mark.parametrize("style", pillow_recipe.STYLES)
+def test_the_peer_s_mixup_is_the_rounded_mixture_of_both_images(style):
     batch = np.random.default_rng(0).integers(0, 256, [6, 8, 8, 3], np.uint8)
-    mixed, recipe = batch.copy(), dataclasses.replace(FULL, mix_switch=0.0)
-    share = pillow_loader.mix(mixed, recipe, random.Random(3))
+    mixed, share = mixed_by(style, batch, dataclasses.replace(FULL, mix_switch=0.0), 3)
     expected = share * batch.astype(np.float64) + (1 - share) * batch[::-1]
     assert 0 < share < 1
     assert np.abs(mixed - expected).max() <= 0.5 + 1e-3  # rounded to the nearest
 
 
-def test_the_peer_s_cutmix_pastes_one_box_and_reports_its_area():
+@pytest.mark.parametrize("style", pillow_recipe.STYLES)
+def test_the_peer_s_cutmix_pastes_one_box_and_reports_its_area(style):
     batch = np.random.default_rng(0).integers(0, 256, [4, 32, 32, 3], np.uint8)
-    mixed, recipe = batch.copy(), dataclasses.replace(FULL, mix_switch=1.0)
-    share = pillow_loader.mix(mixed, recipe, random.Random(5))
+    mixed, share = mixed_by(style, batch, dataclasses.replace(FULL, mix_switch=1.0), 5)
     pasted = (mixed == batch[::-1]).all((0, 3))  # [32, 32]
     rows, columns = np.nonzero(pasted)
     assert 0 < pasted.sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)  # one full rectangle
@@ -120,10 +160,48 @@ def test_the_peer_s_cutmix_pastes_one_box_and_reports_its_area():
     np.testing.assert_array_equal(mixed[:, ~pasted], batch[:, ~pasted])
 
 
+def test_the_peer_erases_one_box_with_noise_of_the_model_s_mean_and_deviation():
+    pixels, recipe = np.full([224, 224, 3], 77, np.uint8), dataclasses.replace(FULL, erasing=1.0)
+    pillow_recipe.erase(pixels, recipe, random.Random(1), np.random.default_rng(0))
+    erased = (pixels != 77).any(-1)
+    rows, columns = np.nonzero(erased)
+    assert 0.019 < erased.mean() < 0.34 and erased.sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    found = np.quantile(pixels[erased], [0.1587, 0.5, 0.8413], axis=0)  # no clipping reaches one sigma
+    expected = 255 * (np.array(FULL.mean) + np.array([[-1], [0], [1]]) * FULL.std)
+    np.testing.assert_allclose(found, expected, atol=2.5)
+
+
+def test_the_peer_erases_as_often_as_the_recipe_says():
+    rng, noise, count = random.Random(0), np.random.default_rng(0), 0
+    for _ in range(2000):
+        pixels = np.full([12, 12, 3], 77, np.uint8)
+        pillow_recipe.erase(pixels, FULL, rng, noise)
+        count += bool((pixels != 77).any())
+    assert count / 2000 == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("place", "sign", "by_pillow"),  # at level 9 of 10, the place in timm's list
+    [
+        (3, -1, lambda image, fill: image.rotate(-27, Image.BICUBIC, fillcolor=fill)),
+        (4, 1, lambda image, _: ImageOps.posterize(image, 1)),
+        (9, 1, lambda image, _: ImageEnhance.Brightness(image).enhance(1.81)),
+        (13, 1, lambda im, fill: im.transform(im.size, Image.AFFINE, (1, 0, 19.44, 0, 1, 0), 3, fillcolor=fill)),
+    ],
+    ids=["rotate", "posterize", "brightness", "translate_x"],
+)
+def test_the_peer_s_operations_are_pillow_s_at_timm_s_magnitudes(place, sign, by_pillow):
+    image, fill = Image.fromarray(photos.small(48)), (124, 116, 104)
+    assert len(pillow_recipe.OPERATIONS) == 15
+    got = pillow_recipe.OPERATIONS[place](image, 0.9, sign, fill, Image.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(by_pillow(image, fill)))
+    assert (np.asarray(got) != np.asarray(image)).any()
+
+
 def test_the_peer_s_windows_obey_the_law_of_the_random_resized_crop():
     rng, areas = random.Random(0), []
     for _ in range(10_000):
-        left, top, width, height = pillow_loader.crop_window(384, 384, FULL, rng)
+        left, top, width, height = pillow_recipe.crop_window(384, 384, FULL, rng)
         assert left >= 0 and top >= 0 and left + width <= 384 and top + height <= 384
         assert 0.73 < width / height < 1.37  # a px of rounding beyond 3/4 and 4/3
         areas.append(width * height / 384**2)
@@ -133,13 +211,14 @@ def test_the_peer_s_windows_obey_the_law_of_the_random_resized_crop():
     assert np.mean(np.array(areas) < 0.5) == pytest.approx(0.42 / (0.67 + 0.119), abs=0.02)
 
 
-def test_the_peer_s_workers_show_every_image_once_an_epoch():
+@pytest.mark.parametrize(("style", "shape"), [("lean", (4, 8, 8, 3)), ("timm", (4, 3, 8, 8))])
+def test_the_peer_s_workers_show_every_image_once_an_epoch(style, shape):
     encoded = []
     for shade in range(8):
         file = io.BytesIO()
         Image.new("RGB", (20, 16), (shade * 30,) * 3).save(file, "PNG")
         encoded.append(file.getvalue())
-    recipe = dataclasses.replace(pillow_loader.RECIPES["crop_flip"], size=8)
+    recipe = pillow_recipe.Recipe(size=8, num_ops=0, erasing=0.0, mix=False, style=style)
     with pillow_loader.Loader(encoded, np.arange(8), recipe, workers=2, batch=4) as loader:
         batches = iter(loader)
         for _ in range(2):
@@ -147,7 +226,7 @@ def test_the_peer_s_workers_show_every_image_once_an_epoch():
             for _ in range(2):
                 images, labels, share = next(batches)
                 assert share == 1.0
-                np.testing.assert_array_equal(images, np.broadcast_to(labels[:, None, None, None] * 30, [4, 8, 8, 3]))
+                np.testing.assert_array_equal(images, np.broadcast_to(labels[:, None, None, None] * 30, shape))
                 seen.extend(labels)
             assert sorted(seen) == list(range(8))
 
@@ -157,6 +236,10 @@ def test_the_peer_s_workers_show_every_image_once_an_epoch():
     [
         ((), "usage: python tools/benchmark.py accumulate|data"),
         (("speed",), "'speed' is no measurement; usage"),
+        (("accumulate", "--peer"), "--peer measures `data` and has no meaning for `accumulate`"),
+        (("accumulate", "--images=8"), "--images measures `data`"),
+        (("data", "--peer", "--updates=2"), "--updates times the student, which --peer leaves out"),
+        (("data", "--recipe=full"), "recipe"),
         (("data", "--config.data.name=folder:/nowhere/at/all"), "/nowhere/at/all"),
         (("data", "--config.data.name=tfds:tf_flowers", "--config.data.data_dir=/nowhere"), "/nowhere"),
     ],

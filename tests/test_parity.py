@@ -53,12 +53,14 @@ def test_evaluation_by_pillow_has_torchvisions_sizes():
     assert np.asarray(parity_cases.evaluation_by_pillow(ramp, crop_ratio=0.9))[0, 0] == 12
 
 
-def test_the_tool_prints_and_writes_a_line_for_every_case(tmp_path):
+def test_the_tool_prints_and_writes_a_line_for_every_case_and_leaves_out_a_torn_photograph(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("a.png", "deep/b.png", "deep/c.png"):
         (tmp_path / name).write_bytes(photos.encode(Image.fromarray(photos.small(96)), "PNG"))
-    code, out, err = run(f"--images={tmp_path}", "--count=2", f"--json={tmp_path / 'table.json'}", cwd=tmp_path)
+    (tmp_path / "broken.jpg").write_bytes(photos.files()["small"][:3000])
+    code, out, err = run(f"--images={tmp_path}", "--count=3", f"--json={tmp_path / 'table.json'}", cwd=tmp_path)
     assert code == 0, out + err
+    assert "warning: broken.jpg can't be read and is left out" in err
     lines = out.splitlines()
     cases = parity_cases.IMAGE_CASES + parity_cases.FILE_CASES
     assert lines[0].startswith("2 photographs against Pillow ") and len(lines) == 2 + len(cases)
@@ -72,14 +74,25 @@ def test_the_tool_prints_and_writes_a_line_for_every_case(tmp_path):
     "flags, part",
     [
         (["--images=nowhere"], "--images (nowhere) must be a directory"),
-        (["--images=."], "must hold .jpg, .jpeg, .png or .bmp files"),
+        (["--images=empty"], "must hold .jpg, .jpeg, .png or .bmp files"),
         (["--json=nowhere/table.json"], "must be a file in an existing directory"),
         (["--images=.", f"--config={ROOT}/configs/base.py"], "exclude each other"),
         (["--count=0"], "count"),
+        (["--json=table.json"], "(table.json) exists; nothing is overwritten"),
+        (["--images=broken"], "none of the 1 photographs can be read: a/torn.jpg"),
+        (
+            [f"--config={ROOT}/configs/base.py", "--config.data.name=folder:broken", "--config.data.eval_split=all"],
+            "none of the 1 photographs can be read: a/torn.jpg",
+        ),
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_1(tmp_path, flags, part):
+    (tmp_path / "table.json").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "a").mkdir(parents=True)
+    (tmp_path / "broken" / "a" / "torn.jpg").write_bytes(b"no picture")
     code, out, err = run(*flags, cwd=tmp_path)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and not out and len(lines) == 1 and part in lines[0], err
     assert "Traceback" not in err
+    assert (tmp_path / "table.json").read_text() == "kept"

@@ -3,11 +3,12 @@
 python tools/benchmark.py accumulate [--config=FILE] [--rounds=3] [--updates=3] [--json]
     One update with and without accumulation: images/s and peak memory, alternating, a process each. The images are
     noise and the teacher's labels are given, so that nothing but the update is measured.
-python tools/benchmark.py data [--config=FILE] [--images=2048] [--rounds=3] [--updates=3] [--json]
+python tools/benchmark.py data [--config=FILE] [--recipe=config] [--images=2048] [--rounds=3] [--updates=3] [--json]
     The data stream stage by stage (read, decode+crop, augment, batch, mix): images/s, CPU time, the bottleneck; the
     images/s that the configured student takes; which of the two limits training, and by what factor.
-python tools/benchmark.py data --peer [--config=FILE] [--images=2048] [--rounds=3] [--json]
-    The stream with 2 threads against a Pillow loader of the same recipe with 2 processes, alternating.
+    --recipe=crop_flip: random resized crop and flip alone, whatever else the configuration switches on.
+python tools/benchmark.py data --peer [--config=FILE] [--recipe=config] [--images=2048] [--rounds=3] [--json]
+    The stream with 2 threads against Pillow loaders of the same recipe with 2 processes, alternating.
 """
 
 import json
@@ -29,6 +30,9 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "Alternating measurements of each kin
 UPDATES = flags.DEFINE_integer("updates", 3, "Timed updates of the student a measurement.", lower_bound=1)
 IMAGES = flags.DEFINE_integer("images", 2048, "data: timed images of each stage, a round.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", False, "data: compare the stream with a Pillow loader of the same recipe.")
+RECIPE = flags.DEFINE_enum(
+    "recipe", "config", ["config", "crop_flip"], "data: the configuration's augmentation, or crop and flip alone."
+)
 JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of lines.")
 USAGE = "usage: python tools/benchmark.py accumulate|data [--config=FILE]; --help lists the flags"
 
@@ -50,6 +54,7 @@ main.takes_arguments = True
 
 
 def _accumulate() -> tuple[dict, list[str]]:
+    _refuse(["peer", "images", "recipe"], "measures `data` and has no meaning for `accumulate`")
     from tools.benchmarks import update
 
     settings = [word for word in sys.argv[1:] if word != "accumulate"]
@@ -70,6 +75,8 @@ def _update(size: int) -> dict:
 
 
 def _data() -> tuple[dict, list[str]]:
+    if PEER.value:
+        _refuse(["updates"], "times the student, which --peer leaves out")
     rules.validate(CONFIG.value)
     from deit.data import sources
 
@@ -81,14 +88,26 @@ def _data() -> tuple[dict, list[str]]:
         )
     source = sources.open_source(wanted, wanted.train_split)
     from deit import runtime
-    from tools.benchmarks import data
+    from tools.benchmarks import data, peer, update
 
     runtime.prepare(CONFIG.value.precision)
+    config, said = CONFIG.value, []
+    if RECIPE.value == "crop_flip":
+        config, said = update.copy_of(config, data.CROP_FLIP), ["random resized crop and flip alone"]
     if PEER.value:
-        result = data.compare(CONFIG.value, source, images=IMAGES.value, rounds=ROUNDS.value)
-        return result, data.comparison_lines(result)
-    result = data.measure(CONFIG.value, source, images=IMAGES.value, rounds=ROUNDS.value, updates=UPDATES.value)
-    return result, data.lines(result)
+        result = peer.compare(config, source, images=IMAGES.value, rounds=ROUNDS.value)
+        said += peer.lines(result)
+    else:
+        result = data.measure(config, source, images=IMAGES.value, rounds=ROUNDS.value, updates=UPDATES.value)
+        said += data.lines(result)
+    return {"recipe": RECIPE.value, **result}, said
+
+
+def _refuse(names: list[str], why: str) -> None:
+    """Raise UserError where one of these flags was given."""
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise errors.UserError(f"--{name} {why}")
 
 
 COMMANDS = {"accumulate": _accumulate, "data": _data}

@@ -2,7 +2,8 @@
 
 python tools/parity.py [--images=FOLDER | --config=FILE [--config.data.data_dir=DIR]] [--count=16] [--json=FILE]
 
-Without a source: the two photographs that scikit-learn ships. Exit code 1 where a bound is broken.
+Without a source: the two photographs that scikit-learn ships. A photograph that can't be read is left out with a
+warning. Exit code 1 where a bound is broken.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from deit import cli, errors
@@ -21,13 +22,16 @@ from deit import cli, errors
 IMAGES = flags.DEFINE_string("images", "", "A folder of photographs, searched with its sub-folders.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Photographs of this configuration's data.eval_split.")
 COUNT = flags.DEFINE_integer("count", 16, "Photographs used, spread evenly over the source.", lower_bound=1)
-JSON = flags.DEFINE_string("json", "", "Also write the table to this file.")
+JSON = flags.DEFINE_string("json", "", "Also write the table to this file, which must not exist.")
 
 
 def main(_) -> int:
     """Compare on the chosen photographs, print the table; 1 where the mean of a picture is beyond its bound."""
-    if JSON.value and (Path(JSON.value).is_dir() or not Path(JSON.value).absolute().parent.is_dir()):
-        raise errors.UserError(f"--json ({JSON.value}) must be a file in an existing directory")
+    out = Path(JSON.value).expanduser() if JSON.value else None
+    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise errors.UserError(f"--json ({out}) must be a file in an existing directory")
+    if out and out.exists():
+        raise errors.UserError(f"--json ({out}) exists; nothing is overwritten: remove it or choose another")
     if IMAGES.value and CONFIG.value is not None:
         raise errors.UserError("--images and --config exclude each other: both name photographs")
     photos = chosen()
@@ -36,16 +40,22 @@ def main(_) -> int:
 
     from tools import parity_cases  # TensorFlow starts only now, with everything checked that can be
 
+    broken = [name for name, photo in photos.items() if not parity_cases.readable(photo)]
+    for name in broken:
+        logging.warning("%s can't be read and is left out", name)
+        del photos[name]
+    if not photos:
+        raise errors.UserError(f"none of the {len(broken)} photographs can be read: {', '.join(broken)}")
     table = parity_cases.rows(list(photos.values()))
     print(f"{len(photos)} photographs against Pillow {PIL.__version__}; differences in 1/255")
     print(text(table))
-    if JSON.value:
+    if out:
         content = {
             "pillow": PIL.__version__,
             "photographs": list(photos),
             "rows": [dataclasses.asdict(r) for r in table],
         }
-        Path(JSON.value).write_text(json.dumps(content, indent=2) + "\n")
+        out.write_text(json.dumps(content, indent=2) + "\n")
     return int(any(row.worst_mean > row.bound for row in table))
 
 
@@ -64,7 +74,7 @@ def from_folder(folder: Path, count: int) -> dict[str, bytes]:
     """Read up to `count` JPEG, PNG or BMP files below `folder`, evenly spread over their sorted names."""
     if not folder.is_dir():
         raise errors.UserError(f"--images ({folder}) must be a directory")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp"))
+    paths = sorted(path for path in folder.rglob("*") if _is_photo(path))
     if not paths:
         raise errors.UserError(f"--images ({folder}) must hold .jpg, .jpeg, .png or .bmp files, in itself or below")
     return {str(paths[i].relative_to(folder)): paths[i].read_bytes() for i in _spread(len(paths), count)}
@@ -77,7 +87,11 @@ def from_data(data_config, count: int) -> dict[str, bytes]:
     split = sources.open_source(data_config, data_config.eval_split)
     indices = _spread(len(split), count)
     encoded, _ = split.read(indices)
-    return {f"{data_config.eval_split} #{i}": photo for i, photo in zip(indices, encoded) if photo}
+    return {split.name(i): photo for i, photo in zip(indices, encoded)}
+
+
+def _is_photo(path: Path) -> bool:
+    return path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp") and path.is_file()
 
 
 def _spread(total: int, count: int) -> list[int]:

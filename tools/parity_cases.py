@@ -104,6 +104,16 @@ def pixels(encoded: bytes) -> np.ndarray:
     return np.asarray(_as_pillow(encoded))
 
 
+def readable(encoded: bytes) -> bool:
+    """Return whether both Pillow and our decoder decode an image."""
+    try:
+        pixels(encoded)
+        decode.decode(encoded)
+    except Exception:  # Pillow's many decoders raise what they like: OSError, SyntaxError, struct.error
+        return False
+    return True
+
+
 def _as_pillow(subject: np.ndarray | bytes) -> Image.Image:
     if isinstance(subject, bytes):
         return Image.open(io.BytesIO(subject)).convert("RGB")

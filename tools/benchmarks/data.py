@@ -1,31 +1,27 @@
-"""Time the data stream, stage by stage or against Pillow, and say whether it or the model limits training.
+"""Time the data stream stage by stage and say whether it or the model limits training.
 
 Promises: what is timed is the stream that trains, `deit.data.stream.training`; a stage is left out by switching its
 configuration fields off. Every figure is of the steady state (start-up, tracing and full buffers excluded) and the
 median of alternating rounds.
 """
 
-import contextlib
 import dataclasses
-import functools
 import itertools
+import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tqdm
 from absl import logging
 
-from deit import config as configuration
-from deit import errors, rules
 from deit.data import mixing, sources, stream
-from tools.benchmarks import pillow_loader, pillow_recipe, update
+from tools.benchmarks import update
 
-PEER_WORKERS = 2  # threads of the stream, processes of the Pillow loader
-_PEER_IMAGES = 4096  # of the split, held in memory for the Pillow loader
+WARM_UP = 1.5  # seconds
 _DISCARD = 4  # batches after a start that are not timed: more than tf.data makes ahead
 
 _NO_MIX = {"augment.mixup": 0.0, "augment.cutmix": 0.0}
@@ -37,6 +33,7 @@ _CROP_ONLY = {
     "augment.jitter": 0.0,
     "augment.erasing": 0.0,
 }
+CROP_FLIP = {**_CROP_ONLY, "augment.crop": "random_resized", "augment.flip": 0.5}  # what every recipe has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Timing:
 
 
 def measure(
-    config, source: sources.Source, *, images: int, rounds: int, updates: int, warm_up: float = pillow_loader.WARM_UP
+    config, source: sources.Source, *, images: int, rounds: int, updates: int, warm_up: float = WARM_UP
 ) -> dict[str, Any]:
     """Time every stage and the student's update; return what `lines` prints, as plain numbers.
 
@@ -59,31 +56,31 @@ def measure(
     rates = network.drop_rates
     kinds = {
         "read": _reads(config, source),
-        "crop": _batches(_stream(update.copy_of(config, _CROP_ONLY), source, rates)),
-        "augment": _batches(_stream(update.copy_of(config, _NO_MIX), source, rates)),
+        "crop": _batches(stream_of(update.copy_of(config, _CROP_ONLY), source, rates)),
+        "augment": _batches(stream_of(update.copy_of(config, _NO_MIX), source, rates)),
         "batch": _batches(_ready_examples(config, source, rates)),
-        "mix": _mixing(config, _stream(config, source, rates)),
-        "whole": _mixed(config, _stream(config, source, rates)),
+        "mix": _mixing(config, stream_of(config, source, rates)),
+        "whole": mixed(config, stream_of(config, source, rates)),
     }
     kinds = {name: (make, config.global_batch) for name, make in kinds.items()}
     found = {
         name: Timing(*map(statistics.median, zip(*timings)))
-        for name, timings in _rounds(kinds, images=images, rounds=rounds, warm_up=warm_up).items()
+        for name, timings in alternating(kinds, images=images, rounds=rounds, warm_up=warm_up).items()
     }
-    table = stages(**found, workers=config.data.threads or _cpus())
-    model = update.rate(run_update, next(iter(_stream(small, source, rates))), updates=updates)
+    table = stages(**found, workers=config.data.threads or cpus())
+    model = update.rate(run_update, next(iter(stream_of(small, source, rates))), updates=updates)
     slowest = min(table, key=lambda row: row["limit"])
     stream_rate = table[-1]["images_per_sec"]
     return {
         "image_size": config.data.image_size,
         "threads": config.data.threads,
-        "cpus": _cpus(),
+        "cpus": cpus(),
         "device": tf.config.list_logical_devices("GPU")[0].name if tf.config.list_logical_devices("GPU") else "CPU",
         "stages": table,
         "images_per_sec": stream_rate,
         "bottleneck": slowest["stage"],
         "model": config.model.variant,
-        "teacher_included": config.distill.kind == "none",
+        "teacher_left_out": config.distill.kind != "none",
         "model_images_per_sec": model,
         "limited_by": "model" if model < stream_rate else "data",
         "factor": max(model, stream_rate) / min(model, stream_rate),
@@ -145,7 +142,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         for row in result["stages"]
     ]
     worst = next(row for row in result["stages"] if row["stage"] == result["bottleneck"])
-    teacher = "" if result["teacher_included"] else " (labels of the teacher given: its own forward pass comes on top)"
+    teacher = " (labels of the teacher given)" if result["teacher_left_out"] else ""
+    slower = "; the teacher's own forward pass, left out here, makes the model slower still"
     slow, fast = ("model", "data stream") if result["limited_by"] == "model" else ("data stream", "model")
     return [
         f"{result['image_size']} px, {result['threads'] or 'tf.data decides on'} threads, {result['cpus']} CPUs, "
@@ -154,122 +152,58 @@ def lines(result: dict[str, Any]) -> list[str]:
         *rows,
         f"bottleneck of the stream: {worst['stage']} ({worst['limit']:,.0f} images/s by itself)",
         f"model: {result['model']} takes {result['model_images_per_sec']:,.1f} images/s{teacher}",
-        f"verdict: the {slow} limits training; the {fast} is {result['factor']:,.1f} times as fast",
+        f"verdict: the {slow} limits training; the {fast} is {result['factor']:,.1f} times as fast"
+        + (slower if result["teacher_left_out"] else ""),
     ]
 
 
-def compare(config, source: sources.Source, *, images: int, rounds: int) -> dict[str, Any]:
-    """Time the stream with 2 threads and two Pillow loaders of the same recipe with 2 processes, in turn.
-
-    Each does the whole recipe and ends in mixed float32 micro-batches: the stream mixes on the device, the Pillow
-    loaders in their workers, and their images become float32 where they are used. Of the loaders one takes timm's
-    steps, the other as few as the recipe allows (pillow_recipe.Recipe).
-    Errors: UserError for an augmentation that the Pillow loaders lack.
-    """
-    recipe = recipe_of(config)
-    config = update.copy_of(config, {"data.threads": PEER_WORKERS})
-    rows = np.sort(np.random.default_rng(0).permutation(len(source))[:_PEER_IMAGES])
-    encoded, labels = source.read(rows)
-    group = config.augment.mix_group
-    with contextlib.ExitStack() as stack:
-        kinds = {"stream": (_mixed(config, _stream(config, source, ())), config.global_batch)}
-        for style in pillow_recipe.STYLES:
-            like = dataclasses.replace(recipe, style=style)
-            loader = pillow_loader.Loader(encoded, labels, like, workers=PEER_WORKERS, batch=group)
-            batches = _floats(iter(stack.enter_context(loader)), config.micro_batch)
-            kinds[style] = (functools.partial(lambda kept: kept, batches), group)
-        found = _rounds(kinds, images=images, rounds=rounds)
-    rates = {name: [rate for rate, _ in timings] for name, timings in found.items()}
-    medians = {name: statistics.median(each) for name, each in rates.items()}
-    return {
-        "image_size": config.data.image_size,
-        "workers": PEER_WORKERS,
-        "cpus": _cpus(),
-        "images_per_sec": medians["stream"],
-        **{f"pillow_{style}_images_per_sec": medians[style] for style in pillow_recipe.STYLES},
-        **{f"ratio_{style}": medians["stream"] / medians[style] for style in pillow_recipe.STYLES},
-        "rounds": rates,
-    }
-
-
-def comparison_lines(result: dict[str, Any]) -> list[str]:
-    """Return what `compare` found as text."""
-    shown = {name: ", ".join(f"{rate:,.0f}" for rate in rates) for name, rates in result["rounds"].items()}
-    workers = result["workers"]
-    lines = [
-        f"{result['image_size']} px, {result['cpus']} CPUs",
-        f"{f'stream, {workers} threads':<32} {result['images_per_sec']:>8,.0f} images/s ({shown['stream']})",
-    ]
-    for style, how in pillow_recipe.STYLES.items():
-        name = f"Pillow {how}, {workers} processes"
-        rate, ratio = result[f"pillow_{style}_images_per_sec"], result[f"ratio_{style}"]
-        lines.append(f"{name:<32} {rate:>8,.0f} images/s ({shown[style]})   ratio {ratio:.2f}")
-    return lines
-
-
-def recipe_of(config) -> pillow_recipe.Recipe:
-    """Return the Pillow loader's recipe of a configuration. Errors: UserError for what the loader lacks."""
-    augment = config.augment
-    lacking = {
-        "augment.crop": augment.crop != "random_resized",
-        "augment.three_augment": augment.three_augment,
-        "augment.jitter": augment.jitter > 0,
-        "augment.mix_prob": configuration.mixes(augment) and augment.mix_prob < 1,
-    }
-    for name in filter(lacking.get, lacking):
-        raise errors.UserError(
-            f"{name} ({getattr(augment, name.partition('.')[2])}) is not in the Pillow loader's recipe: --peer wants "
-            "random_resized crops and of the rest flip, randaugment, erasing, mixup, cutmix (preset :full)"
-        )
-    policy = rules.randaugment_policy(augment.randaugment) if augment.randaugment else None
-    return pillow_recipe.Recipe(
-        size=config.data.image_size,
-        scale=tuple(augment.scale),
-        ratio=tuple(augment.ratio),
-        flip=augment.flip,
-        num_ops=policy.num_ops if policy else 0,
-        magnitude=policy.magnitude if policy else 0.0,
-        magnitude_std=policy.std if policy else 0.0,
-        erasing=augment.erasing,
-        mix=configuration.mixes(augment),
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        mix_switch=augment.mix_switch if augment.mixup and augment.cutmix else float(augment.cutmix > 0),
-        mean=tuple(config.model.mean),
-        std=tuple(config.model.std),
-    )
-
-
-def _rounds(
+def alternating(
     kinds: dict[str, tuple[Callable[[], Iterator], int]],
     *,
     images: int,
     rounds: int,
-    warm_up: float = pillow_loader.WARM_UP,
+    warm_up: float = WARM_UP,
 ) -> dict[str, list[tuple[float, float]]]:
     """Time every (iterator maker, batch size) once a round: images/s and CPU ms an image, round by round."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     busy = os.getloadavg()[0]
-    if busy > 0.5 * _cpus():
+    if busy > 0.5 * cpus():
         logging.warning("other processes are busy (load average %.1f): rates and ratios are of little worth", busy)
-    timed = functools.partial(pillow_loader.timed, discard=_DISCARD, warm_up=warm_up)
     with tqdm.tqdm(total=rounds * len(kinds), desc="measuring", leave=False, disable=None) as bar:
         for _ in range(rounds):
             for name, (make, batch) in kinds.items():
                 bar.set_postfix_str(name)
-                found[name].append(timed(make(), images=images, batch=batch))
+                found[name].append(_timed(make(), images=images, batch=batch, warm_up=warm_up))
                 bar.update()
     return found
 
 
-def _stream(config, source: sources.Source, rates: Sequence[float]) -> tf.data.Dataset:
+def _timed(batches: Iterator, *, images: int, batch: int, warm_up: float) -> tuple[float, float]:
+    """Return images/s, and ms of this process's CPU an image, over the next `images`.
+
+    Before, _DISCARD batches are taken that don't count, or as many as come in `warm_up` seconds if that is more.
+    """
+    started, discard = time.perf_counter(), _DISCARD
+    while discard > 0 or time.perf_counter() - started < warm_up:
+        next(batches)
+        discard -= 1
+    wanted = max(1, math.ceil(images / batch))
+    started, cpu = time.perf_counter(), time.process_time()
+    for _ in range(wanted):
+        next(batches)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return wanted * batch / seconds, 1000 * cpu / (wanted * batch)
+
+
+def stream_of(config, source: sources.Source, rates: Sequence[float]) -> tf.data.Dataset:
+    """Return the training stream from update 0 on, for a student with these drop rates."""
     size = config.global_batch
     return stream.training(source, config, start_update=0, slice_start=0, slice_size=size, drop_rates=rates)
 
 
 def _ready_examples(config, source: sources.Source, rates: Sequence[float]) -> tf.data.Dataset:
     """Return batches of an example that is there already: what batching costs by itself."""
-    example = {name: value[0] for name, value in next(iter(_stream(config, source, rates))).items()}
+    example = {name: value[0] for name, value in next(iter(stream_of(config, source, rates))).items()}
     return tf.data.Dataset.from_tensors(example).repeat().batch(config.global_batch, drop_remainder=True).prefetch(2)
 
 
@@ -289,18 +223,10 @@ def _batches(dataset: tf.data.Dataset) -> Callable[[], Iterator]:
     return lambda: iter(dataset)
 
 
-def _mixed(config, dataset: tf.data.Dataset) -> Callable[[], Iterator]:
+def mixed(config, dataset: tf.data.Dataset) -> Callable[[], Iterator]:
     """Return the batches of a stream, mixed."""
     mixer = _mixer(config)
     return lambda: (mixer(batch).numpy() for batch in dataset)
-
-
-def _floats(batches: Iterator, micro: int) -> Iterator[np.ndarray]:
-    """Turn each batch of the Pillow loader into float32 micro-batches, as a device would; yield the last."""
-    for images, _, _ in batches:
-        for start in range(0, len(images), micro):
-            last = images[start : start + micro].astype(np.float32)
-        yield last
 
 
 def _mixing(config, dataset: tf.data.Dataset) -> Callable[[], Iterator]:
@@ -325,5 +251,6 @@ def _mixer(config) -> Callable[[dict[str, tf.Tensor]], tf.Tensor]:
     return mixed
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """Return how many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

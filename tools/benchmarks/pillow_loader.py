@@ -1,33 +1,24 @@
 """A Pillow loader of the DeiT recipe in worker processes: the peer that the data stream is measured against.
 
-python tools/benchmarks/pillow_loader.py [--data_dir=DIR] [--recipe=full|crop_flip] [--style=timm|lean] [--json]
-
 It stands in for a PyTorch DataLoader with timm's transforms and does the work of deit/data/stream.py: whole batches a
 worker, two of them ahead, handed over through shared memory. Workers import Pillow and NumPy, never TensorFlow.
 """
 
-import argparse
 import contextlib
-import dataclasses
-import json
 import math
 import multiprocessing
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tools.benchmarks.pillow_recipe import RECIPES, Recipe, augmented, erase
+from tools.benchmarks.pillow_recipe import Recipe, augmented, erase
 
 AHEAD = 2  # batches a worker makes ahead of their use: PyTorch's prefetch_factor
 _MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
-WARM_UP = 1.5  # seconds
 
 
 # --- one batch --------------------------------------------------------------------------------------------
@@ -187,59 +178,3 @@ def _rows(count: int, number: int, workers: int, batch: int) -> Iterator[np.ndar
         if turn % workers == number:
             yield waiting[:batch]
         waiting = waiting[batch:]
-
-
-def timed(batches: Iterator, *, images: int, batch: int, discard: int, warm_up: float = WARM_UP) -> tuple[float, float]:
-    """Return images/s, and ms of this process's CPU an image, over the next `images`.
-
-    Before, `discard` batches are taken that don't count, or as many as come in `warm_up` seconds if that is more.
-    """
-    started = time.perf_counter()
-    while discard > 0 or time.perf_counter() - started < warm_up:
-        next(batches)
-        discard -= 1
-    wanted = max(1, math.ceil(images / batch))
-    started, cpu = time.perf_counter(), time.process_time()
-    for _ in range(wanted):
-        next(batches)
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return wanted * batch / seconds, 1000 * cpu / (wanted * batch)
-
-
-def main() -> None:
-    """Read the flowers, run the loader, print images/s."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", default="", help="TFDS directory; default: TFDS's own")
-    parser.add_argument("--name", default="tfds:tf_flowers", help="data set, as in data.name")
-    parser.add_argument("--split", default="train[:90%]")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="full")
-    parser.add_argument("--size", type=int, default=224, help="px")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--images", type=int, default=4096, help="images that are timed")
-    parser.add_argument("--style", choices=("timm", "lean"), default="timm", help="timm's steps, or as few as possible")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    asked = parser.parse_args()
-    from configs import base
-    from deit import cli, errors
-    from deit.data import sources
-
-    config = base.get_config()
-    config.data.name, config.data.data_dir = asked.name, asked.data_dir
-    try:
-        source = sources.open_source(config.data, asked.split)
-    except errors.UserError as error:
-        cli.complain(str(error))
-        sys.exit(1)
-    encoded, labels = source.read(np.arange(len(source)))
-    recipe = dataclasses.replace(RECIPES[asked.recipe], size=asked.size, style=asked.style)
-    with Loader(encoded, labels, recipe, workers=asked.workers, batch=asked.batch) as loader:
-        found, _ = timed(iter(loader), images=asked.images, batch=asked.batch, discard=2 * AHEAD * asked.workers)
-    if asked.json:
-        print(json.dumps({"recipe": asked.recipe, "workers": asked.workers, "images_per_sec": found}))
-    else:
-        print(f"Pillow, {asked.workers} processes, {asked.recipe}, {asked.style}: {found:.1f} images/s")
-
-
-if __name__ == "__main__":
-    main()

@@ -42,7 +42,6 @@ class Recipe:
 
 
 STYLES = {"timm": "as timm", "lean": "lean"}
-RECIPES = {"full": Recipe(), "crop_flip": Recipe(num_ops=0, erasing=0.0, mix=False)}
 
 
 def augmented(encoded: memoryview, recipe: Recipe, rng: random.Random) -> Image.Image:
