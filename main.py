@@ -76,4 +76,9 @@ def train(config, workdir: Path, strategy) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, config_flag="config", default_config=str(Path(__file__).with_name("configs") / "quickstart.py"))
+    cli.run(
+        main,
+        config_flag="config",
+        default_config=str(Path(__file__).with_name("configs") / "quickstart.py"),
+        after_interrupt="the same command continues from the newest checkpoint",
+    )

@@ -23,7 +23,7 @@ REQUIRED = [
     "safetensors>=0.5,<1",  # the tensors of a checkpoint
     "tqdm>=4.66,<5",  # progress bars
     "matplotlib>=3.10,<4",  # the pictures in TensorBoard
-    "pillow>=11,<13",  # encodes them as PNG; matplotlib brings it anyway
+    "pillow>=11,<13",  # decodes WebP and odd BMP, checks data sets, draws; matplotlib brings it anyway
     "scikit-learn>=1.7,<2",  # the embedded handwritten digits
     "numpy>=1.26,<2",  # TensorFlow 2.15 is compiled against NumPy 1
 ]
@@ -33,6 +33,7 @@ EXTRAS = {
     "test": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",  # a hanging test fails instead of stopping the suite
+        "scipy>=1.15,<2",  # distributions that random draws are held against; scikit-learn brings it anyway
         "ruff>=0.17,<0.18",  # another minor version may format otherwise
         "packaging>=24",  # compares the ranges above with constraints.txt
     ],

@@ -15,10 +15,13 @@ from deit import config as configuration
 from deit import errors
 
 
-def run(main: Callable[[list[str]], int], *, config_flag: str = "", default_config: str = "") -> None:
+def run(
+    main: Callable[[list[str]], int], *, config_flag: str = "", default_config: str = "", after_interrupt: str = ""
+) -> None:
     """Parse the flags, call `main(argv)` and leave with its exit code; a UserError is one line and exit 1.
 
     `config_flag`: name of a config_flags file flag; `default_config` is its value where none is given.
+    `after_interrupt`: what Ctrl-C is told beyond "interrupted".
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
@@ -48,7 +51,7 @@ def run(main: Callable[[list[str]], int], *, config_flag: str = "", default_conf
                 raise
             _leave(f"{error.filename}: {error.strerror}")
         except KeyboardInterrupt:
-            _leave("interrupted; the same command continues from the newest checkpoint", code=130)
+            _leave("interrupted" + (f"; {after_interrupt}" if after_interrupt else ""), code=130)
 
     app.run(guarded, flags_parser=parse)
 

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from configs import base
 from deit import config as configuration
+from deit import rules
 from deit.data import sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +40,23 @@ def test_every_flag_of_the_tool_is_one_it_has():
     assert {shlex.split(command)[2] for command in commands} == {"check", "convert", "prepare"}
     for word in (word for command in commands for word in shlex.split(command)[3:]):
         assert word.startswith("--config.") or f'"{word[2:].partition("=")[0]}"' in source
+
+
+def test_the_imagenet_command_trains_the_whole_recipe():
+    (command,) = [block for block in BLOCKS if "runs/imagenet" in block]
+    words = shlex.split(command.replace("\\\n", " ").partition("main.py")[2])
+    flags = dict(word[2:].split("=", 1) for word in words)
+    path, _, arg = flags.pop("config").partition(":")
+    config = runpy.run_path(str(ROOT / path))["get_config"](arg)
+    config.update_from_flattened_dict({name.removeprefix("config."): value for name, value in flags.items()
+                                       if name.startswith("config.")})  # fmt: skip
+    rules.validate(config)
+    assert (config.augment.crop, config.eval.crop_ratio, config.epochs) == ("random_resized", 0.875, 300)
+    assert config.augment.randaugment and config.data.eval_split == "validation" and config.teacher.kind == "none"
+
+
+def test_no_line_is_longer_than_120_columns():
+    assert [line for line in PAGE.splitlines() if len(line) > 120] == []
 
 
 def archive(files: dict[str, bytes]) -> bytes:

@@ -73,6 +73,30 @@ def test_a_configuration_that_does_not_exist_is_one_line(tmp_path, config, parts
     assert_one_line(main(cwd=tmp_path, config=config), *parts)
 
 
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("main.py", "error: interrupted; the same command continues from the newest checkpoint"),
+        ("tools/prepare_data.py check", "error: interrupted"),
+    ],
+)
+def test_ctrl_c_is_one_line_that_promises_to_continue_only_where_it_does(tmp_path, script, line):
+    path, *arguments = script.split()
+    code = (
+        "import runpy, sys\n"
+        "from deit import rules\n"
+        "def interrupt(config): raise KeyboardInterrupt\n"
+        "rules.validate = interrupt\n"
+        f"sys.argv = {[str(ROOT / path), *arguments]!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == line
+
+
 def test_help_names_the_flags_and_a_config_field(tmp_path):
     code, out, err = main("--help", cwd=tmp_path)
     assert code == 1, err

@@ -100,6 +100,20 @@ def test_every_package_that_is_needed_in_turn_is_pinned(setup_arguments):
     assert set(here) - needed - TOOLS_OF_PIP == set(), "nothing needs these: remove from constraints.txt"
 
 
+def test_every_package_that_the_code_or_a_test_imports_is_asked_for(setup_arguments):
+    asked = {canonicalize_name(requirement.name) for requirement in requirements(setup_arguments)}
+    providers = importlib.metadata.packages_distributions()
+    for folder in ("deit", "configs", "tests"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [node.module]
+                for top in {name.split(".")[0] for name in names} & set(providers):
+                    packages = set(map(canonicalize_name, providers[top]))
+                    assert packages & {*asked, "deit"}, f"{path.name} imports {top}: add it to setup.py"
+
+
 def violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield (line, what): imports that have one door, calls that run code from a file or write anywhere."""
     for node in ast.walk(tree):

@@ -97,7 +97,11 @@ def test_check_finds_every_flaw_and_names_it(flawed, tmp_path):
     )
     found = json.loads((tmp_path / "found.json").read_text())
     train, val = found["splits"]
-    assert (train["images"], val["images"], found["leaks"], found["contradictions"]) == (8, 4, 1, 1)
+    assert (train["images"], val["images"]) == (8, 4)
+    assert sorted((group["leak"], group["contradiction"]) for group in found["duplicates"]) == [
+        (False, True),
+        (True, False),
+    ]
     assert train["per_class"] == {"daisy": 4, "rose": 4} and val["per_class"] == {"daisy": 2, "rose": 2}
     bad = {each["name"]: each["problem"] for each in val["unreadable"]}
     assert bad.keys() == {"val/daisy/large.webp", "val/rose/broken.jpg"} and "truncated" in bad["val/rose/broken.jpg"]
@@ -106,6 +110,53 @@ def test_check_finds_every_flaw_and_names_it(flawed, tmp_path):
     assert train["width"] == [9, 11, 250] and train["height"] == [7, 7, 300]
     assert (train["above_max_pixels"], val["above_max_pixels"]) == (2, 1)
     assert (train["below_image_size"], val["below_image_size"]) == (6, 4)
+
+
+def test_one_split_for_both_is_a_leak_of_every_picture_and_a_class_without_any_is_told(tmp_path):
+    save(tmp_path / "p" / "trains" / "1.png", picture(1))
+    save(tmp_path / "p" / "rose" / "1.png", picture(2))
+    (tmp_path / "p" / "rose" / "2.png").write_bytes(b"no picture")
+    (tmp_path / "p" / "empty").mkdir()
+    flags = [f"--config.data.name=folder:{tmp_path / 'p'}", "--config.data.train_split=train"]
+    out, err = run("check", *flags, "--config.data.eval_split=train", code=1)
+    line = one_line(err)
+    assert "unreadable images: 1; pictures in both splits: 3; classes without training images: empty" in line
+    assert "LEAK! Pictures in training AND in evaluation, whose accuracy is too high for it: 3" in out
+    assert "  train trains/1.png [trains] = train trains/1.png [trains]" in out.splitlines()
+    assert "files with the same content within a split: 0" in out.splitlines()
+    bad = [line for line in out.splitlines() if line.startswith("  train rose/2.png: ")]
+    assert len(bad) == 1 and "unreadable: 1" in out.splitlines()
+
+
+def test_check_writes_to_no_file_that_exists(tmp_path):
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"a photo")
+    line = one_line(run("check", "--config.data.name=digits", f"--json={photo}", code=1)[1])
+    assert f"--json ({photo}) exists; nothing is overwritten" in line and photo.read_bytes() == b"a photo"
+
+
+@pytest.mark.parametrize("inside", [".", "deeper/still", "rose"])
+def test_a_copy_inside_the_folder_is_refused_and_adds_nothing_to_it(tmp_path, inside):
+    root = tmp_path / "p"
+    save(root / "rose" / "1.png", picture(1))
+    before = sorted(root.rglob("*"))
+    (tmp_path / "link").symlink_to(root)
+    line = one_line(
+        run("convert", f"--config.data.name=folder:{root}", f"--out={tmp_path / 'link' / inside}", code=1)[1]
+    )
+    assert f"must lie outside {root}" in line and sorted(root.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at_all")
+    for out in ("file", "file/below", "dangling"):
+        with pytest.raises(errors.UserError, match=rf"^--out \(.*{out}\) can't be made: .* is no directory"):
+            records.check_target(str(tmp_path / out), "copy")
+    assert records.check_target(str(tmp_path / "new" / "newer"), "copy") == tmp_path / "new" / "newer" / "copy"
+    monkeypatch.setattr(os, "access", lambda *_: False)  # chmod does not stop root
+    with pytest.raises(errors.UserError, match="may be written to"):
+        records.check_target(str(tmp_path), "copy")
 
 
 def test_a_clean_folder_passes_with_a_table(tmp_path):

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from sklearn import datasets
 
 from configs import base
@@ -113,7 +114,7 @@ def test_images_below_a_class_folder_count_and_the_order_is_by_parts_of_the_path
     assert everything(source)[0] == [expected[i].encode() for i in order]
 
 
-def test_split_seed_draws_another_slice_and_zero_the_one_of_old(tmp_path):
+def test_another_split_seed_draws_another_slice_and_seed_0_the_same_as_ever(tmp_path):
     fill(tmp_path)
     listed = [f"{name}/{k}".encode() for name in "ab" for k in range(10)]
     found = {}
@@ -136,8 +137,29 @@ def test_a_folder_is_listed_once(tmp_path, monkeypatch):
     assert sorted(classes) == [str(tmp_path / name) for name in "abcdef"]
 
 
-def test_names_of_a_sum_of_splits():
+def test_a_linked_class_folder_counts_and_a_linked_folder_inside_a_class_is_not_entered(tmp_path):
+    fill(tmp_path / "elsewhere", classes=("b",), count=2)
+    fill(tmp_path / "data", classes=("a",), count=3)
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    (tmp_path / "data" / "a" / "round").symlink_to(tmp_path / "data")
+    source = sources.open_source(data_config(f"folder:{tmp_path / 'data'}"), "all")
+    assert source.classes == ("a", "b") and sorted(everything(source)[1]) == [0, 0, 0, 1, 1]
+
+
+def test_a_sum_of_splits_is_named_by_its_parts():
     assert splits.names("train[:90%]+test") == ["train", "test"]
+
+
+def test_a_slice_ends_where_the_same_slice_of_a_tfds_set_does():
+    for count, text in [(150, "7"), (3670, "90"), (1347, "10"), (450, "50"), (50, "29"), (199, "0.5"), (1000, "33.25")]:
+        instruction = tfds.core.ReadInstruction.from_spec(f"train[:{text}%]")
+        info = tfds.core.SplitInfo(name="train", shard_lengths=[count], num_bytes=0)
+        (theirs,) = instruction.to_absolute({"train": info})
+        _, keep = splits.parse(f"train[:{text}%]")
+        assert len(splits.rows(count, keep, "train", seed=0)) == theirs.to, (count, text)
+    _, keep = splits.parse("train[:7%]")
+    assert len(splits.rows(150, keep, "train[:7%]", seed=0)) == 10  # round(150 * 0.07) is 11
+    assert len(splits.rows(3670, (0.0, 90.0), "train[:90%]", seed=0)) == 3303
 
 
 def test_file_that_vanishes_is_read_as_no_bytes(tmp_path):

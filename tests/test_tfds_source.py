@@ -145,6 +145,20 @@ def test_files_that_must_be_fetched_by_hand_are_answered_with_the_command_that_t
         sources.open_source(config, "train")
 
 
+def test_a_misspelt_name_with_manual_in_it_is_not_told_to_fetch_files_by_hand(tmp_path):
+    with pytest.raises(errors.UserError, match="manual_flowrs not found") as error:
+        sources.open_source(data_config("tfds:manual_flowrs", data_dir=str(tmp_path)), "train")
+    assert "--manual_dir" not in str(error.value)
+
+
+def test_what_is_only_looked_at_is_never_downloaded_and_the_command_that_does_is_named(tmp_path):
+    config = data_config("tfds:tiny_pictures", data_dir=str(tmp_path))
+    with pytest.raises(errors.UserError, match="not prepared in") as error:
+        sources.open_scan(config, "train")
+    command = f"prepare_data.py prepare --config.data.name=tfds:tiny_pictures --config.data.data_dir={tmp_path}"
+    assert command in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_absent_tfds_data_names_the_three_ways_on(tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise ConnectionError("Failed to resolve the server\nTraceback and more")

@@ -5,7 +5,8 @@ python tools/prepare_data.py convert --config.data.name=folder:pictures --out=DI
 python tools/prepare_data.py prepare --config.data.name=tfds:imagenet2012 --config.data.data_dir=DIR --manual_dir=DIR
 
 check reads every image of data.train_split and data.eval_split; it ends with exit code 1 where something is
-unreadable or in both. convert copies the whole splits behind those two. Neither changes or overwrites a file.
+unreadable or in both, or a class has no training images. convert copies the whole splits behind those two. Neither
+downloads anything, or changes or overwrites a file.
 """
 
 import json
@@ -29,13 +30,17 @@ CONFIG = config_flags.DEFINE_config_file(
     None,
     "Configuration whose data.* is read. Default: configs/base.py; --config.data.FIELD=VALUE changes it.",
 )
-OUT = flags.DEFINE_string("out", None, "convert: directory for the copy; later --config.data.data_dir.")
+OUT = flags.DEFINE_string(
+    "out", None, "convert: directory for the copy, outside the data; later --config.data.data_dir."
+)
 NAME = flags.DEFINE_string(
     "name", None, "convert: what the copy is called. Default: the folder's or the data set's name."
 )
 SKIP_BAD = flags.DEFINE_boolean("skip_bad", False, "convert: leave unreadable images out instead of stopping.")
 MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "prepare: where the files that you fetched by hand lie.")
-JSON = flags.DEFINE_string("json", None, "check: also write everything that was found to this file.")
+JSON = flags.DEFINE_string(
+    "json", None, "check: also write everything that was found to this file; an existing one is kept."
+)
 
 SHOWN = 50  # lines of a list that are printed; --json has them all
 
@@ -55,8 +60,11 @@ main.takes_arguments = True
 
 def check(data) -> None:
     """Print what is in both splits. Errors: UserError, after the report, for what must not stay as it is."""
-    if JSON.value and (Path(JSON.value).is_dir() or not Path(JSON.value).absolute().parent.is_dir()):
-        raise errors.UserError(f"--json ({JSON.value}) must be a file in an existing directory")
+    target = Path(JSON.value).expanduser() if JSON.value else None
+    if target and os.path.lexists(target):
+        raise errors.UserError(f"--json ({target}) exists; nothing is overwritten: remove it or choose another")
+    if target and not target.absolute().parent.is_dir():
+        raise errors.UserError(f"--json ({target}) must lie in a directory that exists")
 
     from deit.data import sources, survey  # TensorFlow starts only now
 
@@ -67,8 +75,9 @@ def check(data) -> None:
     others = sorted(set(sources.split_names(data)) - used)
     if others:
         print(f"\nnot read, since data.train_split and data.eval_split do not name them: {', '.join(others)}")
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if target:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(found, indent=2) + "\n")
     faults = problems(found)
     if faults:
         raise errors.UserError(f"data.name ({data.name}): {'; '.join(faults)}")
@@ -82,7 +91,9 @@ def convert(data) -> None:
     from deit.data import records
 
     name = NAME.value or re.sub(r"[^a-z0-9]+", "_", _own_name(data.name).lower()).strip("_")
-    records.check_target(OUT.value, name)
+    target, source = records.check_target(OUT.value, name).resolve(), _folder(data.name)
+    if source and source in target.parents:
+        raise errors.UserError(f"--out ({OUT.value}) must lie outside {source}: it would be part of your data")
     wanted = list(dict.fromkeys(_names(data.train_split) + _names(data.eval_split)))
     surveys = _surveys(data, wanted)
     if len({found.classes for found in surveys}) > 1:
@@ -129,13 +140,16 @@ COMMANDS = {"check": check, "convert": convert, "prepare": prepare}
 
 def problems(found: dict) -> list[str]:
     """Return what must not stay as it is, each in a few words."""
-    unreadable = sum(len(split["unreadable"]) for split in found["splits"])
+    leaks = sum(group["leak"] for group in found["duplicates"])
+    empty = [name for name, count in found["splits"][0]["per_class"].items() if not count]
+    more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
     return [
         text
         for text, wrong in (
-            (f"unreadable images: {unreadable}", unreadable),
-            (f"pictures in both splits: {found['leaks']}", found["leaks"]),
+            (f"unreadable images: {len(_unreadable(found))}", _unreadable(found)),
+            (f"pictures in both splits: {leaks}", leaks),
             ("the splits have different classes", not found["same_classes"]),
+            (f"classes without training images: {', '.join(empty[:5])}{more}", empty),
         )
         if wrong
     ]
@@ -158,24 +172,35 @@ def report(found: dict, data) -> str:
     kinds = dict.fromkeys(kind for s in splits for kind in s["formats"])
     numbers += [row(kind, [f"{s['formats'].get(kind, 0):,}" for s in splits]) for kind in kinds]
     labels = [row(name, [f"{s['per_class'][name]:,}" for s in splits]) for name in found["classes"]]
-    bad = [f"  {_shown(s['split'], each['name'])}: {each['problem']}" for s in splits for each in s["unreadable"]]
+    bad = [f"  {_shown(' and '.join(where), name)}: {why}" for (name, why), where in _unreadable(found).items()]
     parts = [found["data"], _table([head, *numbers]), "images of each class", _table([head, *labels])]
     return "\n\n".join([*parts, *_section("unreadable", bad), *_equal_files(found)])
 
 
 def _equal_files(found: dict) -> list[str]:
     groups = found["duplicates"]
-    leaks = [group for group in groups if len({each["split"] for each in group}) > 1]
-    within = [group for group in groups if group not in leaks]
-    line = lambda group: "  " + " = ".join(f"{_shown(e['split'], e['name'])} [{e['class']}]" for e in group)  # noqa: E731
+    lines = {True: [], False: []}
+    for group in groups:
+        files = (f"{_shown(each['split'], each['name'])} [{each['class']}]" for each in group["files"])
+        lines[group["leak"]].append("  " + " = ".join(files))
     parts = []
-    if leaks:
-        parts = [f"LEAK! Pictures in training AND in evaluation, whose accuracy is too high for it: {len(leaks)}"]
-        parts += ["\n".join(_shortened([line(group) for group in leaks]))]
-    parts += _section("files with the same content within a split", [line(group) for group in within])
-    if found["contradictions"]:
-        parts += [f"the same content under different labels: {found['contradictions']}"]
+    if lines[True]:
+        parts = _section("LEAK! Pictures in training AND in evaluation, whose accuracy is too high for it", lines[True])
+    parts += _section("files with the same content within a split", lines[False])
+    contradictions = sum(group["contradiction"] for group in groups)
+    if contradictions:
+        parts += [f"the same content under different labels: {contradictions}"]
     return parts
+
+
+def _unreadable(found: dict) -> dict[tuple[str, str], list[str]]:
+    """Return the splits by (name, problem): a file is one, however many of the splits hold it."""
+    splits = {}
+    for split in found["splits"]:
+        for each in split["unreadable"]:
+            where = splits.setdefault((each["name"], each["problem"]), [])
+            where += [split["split"]] if split["split"] not in where else []
+    return splits
 
 
 def _surveys(data, splits: Sequence[str]) -> list:
@@ -206,13 +231,20 @@ def _names(split: str) -> list[str]:
     return splits.names(split)
 
 
+def _folder(name: str) -> Path | None:
+    kind, _, rest = name.partition(":")
+    return Path(rest).expanduser().resolve() if kind == "folder" else None
+
+
 def _own_name(name: str) -> str:
     kind, _, rest = name.partition(":")
-    return Path(rest).expanduser().resolve().name if kind == "folder" else rest or kind
+    folder = _folder(name)
+    return folder.name if folder else rest or kind
 
 
 def _shown(split: str, name: str) -> str:
-    return name if split in name else f"{split} {name}"
+    """Return the name with its split, unless it says it: train/daisy/1.jpg, `tf_flowers train[:90%] record 17`."""
+    return name if name.startswith(f"{split}/") or f" {split} record " in name else f"{split} {name}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -70,10 +70,16 @@ def open_source(data_config, split: str) -> Files:
     return Files(kept, labels[rows], classes=classes, root=root, max_pixels=data_config.max_pixels)
 
 
-def exists(data_config) -> bool:
-    """Tell whether the folder is there. Errors: UserError where that cannot be told."""
+open_scan = open_source
+
+
+def sizes(data_config) -> tuple[int, int, int] | None:
+    """Return (train size, evaluation size, classes), or None where there is no such folder. Errors: UserError."""
     with _readable(data_config.name):
-        return _root(data_config.name).is_dir()
+        if not _root(data_config.name).is_dir():
+            return None
+    train, held_out = (open_source(data_config, s) for s in (data_config.train_split, data_config.eval_split))
+    return len(train), len(held_out), len(train.classes)
 
 
 def split_names(data_config) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ that exists is overwritten, and what fails leaves nothing behind.
 
 import contextlib
 import io
+import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -18,12 +19,15 @@ _KEYS = 1 << 128  # TFDS sorts records by a key of 128 bits
 
 
 def check_target(out: str, name: str) -> Path:
-    """Return out/name. Errors: UserError for a name that TFDS refuses, and where something is there already."""
+    """Return out/name. Errors: UserError for a name that TFDS refuses, and where it exists or can't be made."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise errors.UserError(f"--name ({name!r}) must be lower-case letters, digits and single underscores")
     target = Path(out).expanduser() / name
-    if target.exists():
+    if os.path.lexists(target):
         raise errors.UserError(f"--out ({out}) has {name} already; nothing is overwritten: choose another, or --name")
+    nearest = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise errors.UserError(f"--out ({out}) can't be made: {nearest} is no directory that may be written to")
     return target
 
 

@@ -39,12 +39,12 @@ class Source(Protocol):
 
 def open_source(data_config, split: str) -> Source:
     """Open `split` of `data_config.name` (tfds:NAME, folder:PATH, digits). Errors: UserError."""
-    return _kind(data_config.name).open(data_config, split)
+    return _kind(data_config.name).open_source(data_config, split)
 
 
 def open_scan(data_config, split: str) -> encoded.Encoded | tfds_source.TfRecords:
-    """Open a split for one pass by `scan()`, of any size: what is checked and copied need not fit in memory."""
-    return _kind(data_config.name).scan(data_config, split)
+    """Open a split for one pass by `scan()`, of any size; what is not prepared is refused. Errors: UserError."""
+    return _kind(data_config.name).open_scan(data_config, split)
 
 
 def sizes(data_config) -> tuple[int, int, int] | None:
@@ -69,25 +69,9 @@ def check_classes(train: Source, held_out: Source) -> None:
         )
 
 
-class _Tfds:
-    open = staticmethod(tfds_source.open_source)
-    scan = staticmethod(tfds_source.open_scan)
-    sizes = staticmethod(tfds_source.sizes)
-    split_names = staticmethod(tfds_source.split_names)
-
-
-class _Folder:
-    open = scan = staticmethod(folder_source.open_source)
-    split_names = staticmethod(folder_source.split_names)
-
-    @staticmethod
-    def sizes(data_config) -> tuple[int, int, int] | None:
-        return _open_both(_Folder, data_config) if folder_source.exists(data_config) else None
-
-
 class _Digits:
     @staticmethod
-    def open(data_config, split: str) -> Source:
+    def open_source(data_config, split: str) -> Source:
         """Encode scikit-learn's digits as PNG: three quarters `train`, one quarter `test`."""
         import tensorflow as tf
         from sklearn import datasets
@@ -107,20 +91,18 @@ class _Digits:
         # Named by scikit-learn's row: load_digits().images[12] is digit 12.
         return InMemory(images, digits.target[rows], classes=classes, name=lambda index: f"digit {rows[index]}")
 
-    scan = open
+    open_scan = open_source
 
     @staticmethod
-    def sizes(data_config) -> tuple[int, int, int] | None:
-        return _open_both(_Digits, data_config)
+    def sizes(data_config) -> tuple[int, int, int]:
+        train, held_out = (
+            _Digits.open_source(data_config, s) for s in (data_config.train_split, data_config.eval_split)
+        )
+        return len(train), len(held_out), len(train.classes)
 
     @staticmethod
     def split_names(data_config) -> tuple[str, ...]:
         return "train", "test"
-
-
-def _open_both(kind, data_config) -> tuple[int, int, int]:
-    train, held_out = (kind.open(data_config, s) for s in (data_config.train_split, data_config.eval_split))
-    return len(train), len(held_out), len(train.classes)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -134,4 +116,4 @@ def _kind(name: str):
     return _KINDS[kind]
 
 
-_KINDS = {"tfds": _Tfds, "folder": _Folder, "digits": _Digits}
+_KINDS = {"tfds": tfds_source, "folder": folder_source, "digits": _Digits}

@@ -13,15 +13,15 @@ from deit import errors
 
 
 def parse(split: str) -> tuple[str, tuple[float, float] | None]:
-    """Return the name and the slice, in fractions, of `NAME` or `NAME[a%:b%]`. Errors: UserError."""
+    """Return the name and the slice, in percent, of `NAME` or `NAME[a%:b%]`. Errors: UserError."""
     match = re.fullmatch(r"([\w.-]+)(?:\[(?:(\d+(?:\.\d+)?)%)?:(?:(\d+(?:\.\d+)?)%)?\])?", split)
     if not match:
         raise errors.UserError(f"split ({split!r}) must be NAME or NAME[a%:b%]")
     name, low, high = match.groups()
     if "[" not in split:
         return name, None
-    bounds = float(low or 0) / 100, float(high or 100) / 100
-    if not 0 <= bounds[0] < bounds[1] <= 1:
+    bounds = float(low or 0), float(high or 100)
+    if not 0 <= bounds[0] < bounds[1] <= 100:
         raise errors.UserError(f"split ({split!r}) must have 0 <= a < b <= 100 in NAME[a%:b%]")
     return name, bounds
 
@@ -33,8 +33,8 @@ def names(split: str) -> list[str]:
 
 def rows(count: int, keep: tuple[float, float] | None, split: str, *, seed: int) -> np.ndarray:
     """Return the rows of a slice, after a fixed permutation: a folder's examples are ordered by class."""
-    low, high = keep or (0.0, 1.0)
-    kept = permutation(count, seed)[round(count * low) : round(count * high)]
+    low, high = (round(percent * count / 100) for percent in keep or (0.0, 100.0))  # TFDS's rule, digit for digit
+    kept = permutation(count, seed)[low:high]
     if not len(kept):
         raise errors.UserError(f"split {split} is empty: there are {count} examples")
     return kept

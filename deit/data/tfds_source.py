@@ -92,8 +92,13 @@ def open_source(data_config, split: str) -> encoded.Encoded:
 
 
 def open_scan(data_config, split: str) -> encoded.Encoded | TfRecords:
-    """Open a split for one pass in order; tfrecord files of any size."""
-    builder = prepared(data_config) or prepare(data_config)
+    """Open a prepared split for one pass in order; tfrecord files of any size. Errors: UserError."""
+    builder = prepared(data_config)
+    if builder is None:
+        raise errors.UserError(
+            f"data.name ({data_config.name}) is not prepared in {_where(data_config)}: give --config.data.data_dir=DIR "
+            f"with prepared data, or run {TOOL} prepare --config.data.name={data_config.name}{_dir(data_config)}"
+        )
     opened = _array_records if _in_array_records(builder) else TfRecords
     return opened(data_config, builder, split)
 
@@ -132,6 +137,7 @@ def prepare(data_config, *, manual_dir: str = ""):
     """
     import tensorflow_datasets as tfds
 
+    builder = None
     try:
         builder = tfds.builder(
             plain_name(data_config), data_dir=data_config.data_dir or None, file_format="array_record"
@@ -141,13 +147,13 @@ def prepare(data_config, *, manual_dir: str = ""):
     except Exception as error:  # TFDS lets through whatever its downloader or a data set's script raises
         by_hand = (
             "; files that must be fetched by hand: "
-            f"{TOOL} prepare --config.data.name={data_config.name} --manual_dir=DIR"
+            f"{TOOL} prepare --config.data.name={data_config.name} --manual_dir=DIR{_dir(data_config)}"
         )
         raise errors.UserError(
             f"data.name ({data_config.name}) is not prepared in {_where(data_config)} and could not be downloaded "
             f"({_first_line(error)}): give --config.data.data_dir=DIR with prepared data, or "
             "--config.data.name=folder:PATH with a folder per class, or run `make quickstart`, which needs "
-            "no download" + (by_hand if "manual" in str(error).lower() else "")
+            "no download" + (by_hand if builder and builder.MANUAL_DOWNLOAD_INSTRUCTIONS else "")
         ) from error
 
 
@@ -227,11 +233,10 @@ def _fits_in_memory(data_config, builder, split: str) -> None:
     share = builder.info.splits[split].num_examples / max(1, sum(part.num_examples for part in parts))
     size = round(sum(part.num_bytes for part in parts) * share)
     if size > data_config.max_ram_bytes:
-        where = f" --config.data.data_dir={data_config.data_dir}" if data_config.data_dir else ""
         raise errors.UserError(
             f"split {split} of {data_config.name} has {size:,} bytes ({size / 1e9:.1f} GB) in tfrecord files, which "
             f"have no random access and must fit in data.max_ram_bytes ({data_config.max_ram_bytes:,}): raise it, or "
-            f"convert them: {TOOL} convert --config.data.name={data_config.name} --out=DIR{where}"
+            f"convert them: {TOOL} convert --config.data.name={data_config.name} --out=DIR{_dir(data_config)}"
         )
 
 
@@ -243,6 +248,11 @@ def _damaged(data_config, error: Exception) -> errors.UserError:
 
 def _where(data_config) -> str:
     return data_config.data_dir or "the default TFDS directory"
+
+
+def _dir(data_config) -> str:
+    """Return the flag of a command that is to look where this one did."""
+    return f" --config.data.data_dir={data_config.data_dir}" if data_config.data_dir else ""
 
 
 def _first_line(error: Exception) -> str:
