@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     c.data.max_ram_bytes = 8_000_000_000  # of a TFDS split in tfrecord files, which is held in memory, encoded
     c.data.max_pixels = 100_000_000  # height x width; a larger image is not decoded and counts as unreadable
     c.data.max_bad_fraction = 0.01  # unreadable images tolerated, as a fraction of what was read; 0 to 1
-    c.data.threads = 0  # threads that decode and augment; 0 = tf.data decides
+    c.data.threads = 0  # threads that decode and augment; 0 = one a core
 
     c.augment = ConfigDict()
     # resize_crop (Keras example: resize to S + margin, random S crop) | random_resized (DeiT) | simple (DeiT-III:

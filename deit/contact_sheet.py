@@ -4,7 +4,7 @@ Promises: a view is the one that training makes at that position, mixing include
 beside it say what was drawn (operations in order, the shares of the labels).
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -23,7 +23,8 @@ def draw(source: sources.Source, config, *, examples: int = EXAMPLES, count: int
     step = config.augment.mix_group if configuration.mixes(config.augment) else config.augment.repeats
     first = stream.indices_at(source, config, range(0, min(examples, len(source)) * step, step))
     wanted = list(dict.fromkeys(int(index) for index in first))
-    places = np.array([position for index in wanted for position in positions_of(source, config, index, count)])
+    found = positions_of(source, config, wanted, count)
+    places = np.array([position for index in wanted for position in found[index]])
     shown = as_trained(source, config, places)
     names = [source.name(index) for index in wanted]
     encoded, labels = source.read(np.array(wanted))
@@ -34,17 +35,18 @@ def draw(source: sources.Source, config, *, examples: int = EXAMPLES, count: int
     return pictures.sheet(rows)
 
 
-def positions_of(source: sources.Source, config, index: int, count: int) -> list[int]:
-    """Return the first `count` positions of the stream at which example `index` stands."""
-    return [position for position, _ in zip(_occurrences(source, config, index), range(count))]
-
-
-def _occurrences(source: sources.Source, config, index: int) -> Iterator[int]:
+def positions_of(source: sources.Source, config, indices: Sequence[int], count: int) -> dict[int, list[int]]:
+    """Return the first `count` positions of the stream at which each of some examples stands."""
     n, epoch = len(source), 0
-    while True:
+    found: dict[int, list[int]] = {index: [] for index in indices}
+    while any(len(positions) < count for positions in found.values()):
         positions = np.arange(epoch * n, (epoch + 1) * n)
-        yield from positions[stream.indices_at(source, config, positions) == index].tolist()
+        shown = stream.indices_at(source, config, positions)
+        here = np.isin(shown, indices)
+        for index, position in zip(shown[here].tolist(), positions[here].tolist()):
+            found[index].append(position)
         epoch += 1
+    return {index: positions[:count] for index, positions in found.items()}
 
 
 def as_trained(source: sources.Source, config, places: np.ndarray) -> list[tuple[np.ndarray, list[str]]]:

@@ -84,7 +84,9 @@ def measure(
         names = unreadable.listed([source.name(index) for index in lost])
         logging.warning("%d of %d images were read and evaluated, not: %s", len(label), len(source), names)
 
-    count = max(1, len(label))
+    if not len(label):
+        raise errors.UserError("no image of the evaluation split could be read: there is nothing to measure")
+    count = len(label)
     metrics = {f"eval/{name}": float((given == label).sum() / count) for name, given in answer.items()}
     if teacher_labels is not None:
         metrics["eval/teacher_agreement"] = float((answer["top1"] == teacher_labels[: len(kept)][kept]).sum() / count)

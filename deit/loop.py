@@ -99,7 +99,7 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
             train_step.restore(state, checkpoint.read(newest)[0])
     written_by = versions(teacher)
     if newest is not None:
-        check_teacher(checkpoint.manifest(newest)["versions"], written_by, workdir)
+        check_versions(checkpoint.manifest(newest)["versions"], written_by, workdir)
     step = int(state.step.numpy())
     taught_by = teacher.describe() if teacher is not None else "none"
     logging.info("plan of %s\n%s", workdir, plan.describe(config, network=network, teacher=taught_by))
@@ -132,7 +132,7 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
     # --- The loop -------------------------------------------------------------------------------------------
     update = train_step.make(config, strategy, state, teacher)
     predict = evaluate.predictor(network)
-    lost = unreadable.Unreadable(job.train_source, config)
+    lost, evaluated = unreadable.Unreadable(job.train_source, config), False
     saver = checkpoint.Saver(
         workdir, config_json=configuration.to_json(config), keep=config.checkpoint.keep, versions=written_by
     )
@@ -171,8 +171,9 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
                     predict=predict,
                     averages={path: variable.numpy() for path, variable in state.ema},
                     teacher_labels=teacher_labels,
-                    source=job.eval_source,
+                    source=None if evaluated else job.eval_source,  # what can't be read is named once
                 )
+                evaluated = True
                 metrics = report.metrics
                 line.update(metrics)
                 logging.info("update %d/%d  %s", step, total, headline(metrics))
@@ -223,8 +224,14 @@ def write_config(config, workdir: Path) -> None:
     run_directory.sync_directory(workdir)
 
 
-def check_teacher(before: dict[str, str], now: dict[str, str], workdir: Path) -> None:
-    """Raise UserError where the run to be continued was taught by another teacher than the one that is there now."""
+def check_versions(before: dict[str, str], now: dict[str, str], workdir: Path) -> None:
+    """Raise UserError where the run to be continued had another teacher, or other draws, than there are now."""
+    if before.get("stream", "1") != now["stream"]:
+        raise errors.UserError(
+            f"{workdir} was begun with other random draws (stream version {before.get('stream', '1')}, now "
+            f"{now['stream']}) and would see other pictures: choose another --workdir= or continue it with deit "
+            f"{before.get('deit', '')}"
+        )
     if before.get("teacher", "") != now["teacher"]:
         raise errors.UserError(
             f"the teacher of {workdir} has changed since its last checkpoint ({before.get('teacher', '')[:80]} -> "
@@ -321,5 +328,6 @@ def versions(teacher) -> dict[str, str]:
         "deit": deit.__version__,
         "tensorflow": tf.__version__,
         "python": platform.python_version(),
+        "stream": str(stream.VERSION),
         "teacher": teacher.identity if teacher is not None else "",
     }

@@ -127,6 +127,7 @@ def _augmentation(a) -> str:
         f"jitter {a.jitter:g}" if a.jitter else "",
         f"erasing {a.erasing:g}" if a.erasing else "",
         f"{' and '.join(mixing)} in groups of {a.mix_group}" if configuration.mixes(a) else "",
+        f"a group mixed with probability {a.mix_prob:g}" if configuration.mixes(a) and a.mix_prob < 1 else "",
         f"{a.repeats} views of an example in a row" if a.repeats > 1 else "",
     ]
     return ", ".join(filter(None, parts))

@@ -42,8 +42,8 @@ def randaugment_policy(text: str) -> Policy:
     if not match:
         raise ValueError(f"{text!r} is not rand-mM[-nN][-mstdS]-inc1")
     policy = Policy(float(match[1]), float(match[3] or 0), int(match[2] or 2))
-    if policy.magnitude > MAX_LEVEL or not 1 <= policy.num_ops <= 15:
-        raise ValueError("m must be at most 10 and n between 1 and 15")
+    if max(policy.magnitude, policy.std) > MAX_LEVEL or not 1 <= policy.num_ops <= 15:
+        raise ValueError("m and mstd must be at most 10 and n between 1 and 15")
     return policy
 
 
@@ -141,14 +141,17 @@ _RULES: dict[str, _Rule] = {
     ),
     "augment.ratio": ((lambda v: _numbers(v, 2) and 0 < v[0] <= v[1]), "two ratios, 0 < low <= high"),
     "augment.flip": _FRACTION,
-    "augment.randaugment": (_is_policy, "rand-mM[-nN][-mstdS]-inc1 (M at most 10, N 1 to 15) or empty"),
+    "augment.randaugment": (
+        _is_policy,
+        "rand-mM[-nN][-mstdS]-inc1 (in this order; M and S at most 10, N 1 to 15) or empty",
+    ),
     "augment.jitter": _FRACTION,
     "augment.erasing": _FRACTION,
     "augment.mixup": _at_least(0),
     "augment.cutmix": _at_least(0),
     "augment.mix_prob": _FRACTION,
     "augment.mix_switch": _FRACTION,
-    "augment.mix_group": (lambda value: value >= 2, "at least 2"),
+    "augment.mix_group": (lambda value: value >= 2 and value % 2 == 0, "even and at least 2: mixed in pairs"),
     "augment.repeats": _at_least(1),
     "model.seed": _SEED,
     "model.drop_path": _BELOW_ONE,
@@ -182,7 +185,7 @@ _RULES: dict[str, _Rule] = {
     "checkpoint.keep": _at_least(1),
     "eval.every_updates": _at_least(0),
     "eval.batch": _at_least(1),
-    "eval.crop_ratio": _FRACTION,
+    "eval.crop_ratio": (lambda value: value == 0 or 0.25 <= value <= 1, "0 (plain resize) or between 0.25 and 1"),
     "log.every_updates": _at_least(1),
 }
 

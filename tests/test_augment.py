@@ -180,6 +180,14 @@ def test_size_limit_holds_on_the_header_before_anything_is_decoded(kind):
             augment.random_resized_crop(encoded, seeds(1)[0], max_pixels=1499, **options)
 
 
+def test_size_limit_holds_for_the_picture_that_a_thin_image_becomes():
+    data = encode(picture(2, 400), "PNG")
+    assert decode.decode(data, max_pixels=800).shape == (2, 400, 3)
+    assert decode.decode(data, max_pixels=64 * 64 * 200, short_side=64).shape == (2, 400, 3)  # 64 x 12,800 px
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        decode.decode(data, max_pixels=64 * 64 * 200 - 1, short_side=64)
+
+
 def test_top_down_bmp_has_a_size_too():
     data = bytearray(encode(picture(30, 50), "BMP"))
     data[22:26] = (-30).to_bytes(4, "little", signed=True)

@@ -191,3 +191,12 @@ def test_a_mixing_group_must_divide_a_replicas_share_and_only_where_examples_are
         rules.validate(changed(**{"augment.mix_group": 48, "augment.mixup": 0.8}))
     with pytest.raises(errors.UserError, match=r"\(256 / 8\)"):
         resolve(changed(**{"augment.cutmix": 1.0}), replicas=8)
+
+
+def test_limits_that_only_say_when_to_stop_may_differ_on_resume():
+    assert configuration.difference(changed(), changed(**{"data.max_bad_fraction": 0.5, "max_skipped": 99})) == []
+
+
+def test_a_mixing_group_has_an_even_number_of_examples():
+    with pytest.raises(errors.UserError, match=r"augment\.mix_group \(3\) must be even"):
+        rules.validate(changed(**{"augment.mix_group": 3}))

@@ -55,8 +55,7 @@ def test_words_name_labels_shares_and_operations():
 
 def test_rows_show_one_example_at_its_first_positions():
     source, config = make(**{"augment.repeats": 1})
-    for index in range(3):
-        positions = contact_sheet.positions_of(source, config, index, 4)
+    for index, positions in contact_sheet.positions_of(source, config, [0, 1, 2], 4).items():
         assert [position // N for position in positions] == [0, 1, 2, 3]  # once an epoch
         assert (stream.indices_at(source, config, positions) == index).all()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deit import evaluate
+from deit import errors, evaluate
 
 CLASSES = ("cat", "dog", "owl")
 LABELS = [[0, 1, 2, 2], [1, 1, 0, 0]]
@@ -143,3 +143,11 @@ def test_an_average_that_does_not_fit_leaves_no_weight_swapped():
     with pytest.raises(ValueError), evaluate.averaged([("first", first), ("second", second)], averages):
         pass
     assert first.numpy().tolist() == [1.0, 2.0] and second.numpy().tolist() == [3.0]
+
+
+def test_a_split_without_a_readable_image_is_an_error_and_no_accuracy_of_zero():
+    batches = hand_made_batches()
+    for batch in batches:
+        batch["weight"] *= 0.0
+    with pytest.raises(errors.UserError, match="no image of the evaluation split"):
+        evaluate.measure(answering(top1=[0] * 8), batches, CLASSES)

@@ -11,9 +11,9 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator
 
 from configs import base
+from deit import checkpoint, errors, loop, rules, summaries, train_step
 from deit import config as configuration
-from deit import errors, loop, rules, summaries, train_step
-from deit.data import sources
+from deit.data import sources, stream
 
 BATCH, TRAIN_SIZE = 32, 1347  # three quarters of the 1797 digits
 
@@ -211,3 +211,16 @@ def test_unreadable_pictures_are_named_once_counted_and_too_many_end_the_run(tmp
     ) as caught:
         train(make_config(**fields, **{"data.max_bad_fraction": 0.09}), tmp_path / "less", devices.one_device())
     assert "train/daisy/3.png" in str(caught.value) and "train/rose/7.png" in str(caught.value)
+
+
+def test_a_run_begun_with_other_draws_is_not_continued():
+    now = {"stream": "2", "teacher": "", "deit": "0.2.0"}
+    loop.check_versions(now, now, "runs/a")
+    with pytest.raises(errors.UserError, match=r"runs/a was begun with other random draws .* deit 0\.1\.0"):
+        loop.check_versions({"teacher": "", "deit": "0.1.0"}, now, "runs/a")
+
+
+def test_every_checkpoint_says_of_which_stream_it_is(finished):
+    for workdir, _ in finished.values():
+        written = checkpoint.manifest(checkpoint.newest(workdir, set_aside=False))["versions"]
+        assert written["stream"] == str(stream.VERSION)

@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from configs import base
 from deit import errors
@@ -53,3 +54,16 @@ def test_a_long_list_is_cut_off_with_its_length():
     assert unreadable.listed(["a", "b"]) == "a, b"
     text = unreadable.listed([f"n{i}" for i in range(60)])
     assert text.endswith("n49 and 10 more, all in the log")
+
+
+def test_an_image_that_can_be_read_after_all_is_said_to_be_so(caplog):
+    lost = make(n=1)
+    with caplog.at_level(logging.WARNING):
+        lost.note([np.arange(1)], [np.zeros(1)])
+    assert "it can't be read" in caplog.text
+    picture = tf.io.encode_png(np.zeros([9, 9, 3], np.uint8)).numpy()
+    config = base.get_config()
+    lost = unreadable.Unreadable(sources.InMemory([picture], np.zeros(1), classes=["a"]), config)
+    with caplog.at_level(logging.WARNING):
+        lost.note([np.arange(1)], [np.zeros(1)])
+    assert "it can be read now" in caplog.text

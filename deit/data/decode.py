@@ -10,13 +10,19 @@ from collections.abc import Callable
 import tensorflow as tf
 
 
-def decode(encoded: tf.Tensor, *, max_pixels: int = 0) -> tf.Tensor:
+def decode(encoded: tf.Tensor, *, max_pixels: int = 0, short_side: int = 0) -> tf.Tensor:
     """Decode JPEG, PNG, BMP or the first frame of a GIF into uint8 [H, W, 3]; `max_pixels` 0: whatever its size.
 
-    Grey becomes three equal channels, alpha is dropped.
+    Grey becomes three equal channels, alpha is dropped. `short_side`: px that the caller gives the short side; the
+    limit then holds for that picture too, which of a 1 x 5000 px file is thousands of times as large.
     """
     if max_pixels:
-        encoded = _limited(encoded, size(encoded), max_pixels)
+        shape = tf.cast(size(encoded), tf.int64)
+        if short_side:
+            least = tf.maximum(tf.reduce_min(shape), 1)
+            long_side = tf.reduce_max(shape) * short_side // least
+            shape = tf.cond(least < short_side, lambda: tf.stack([short_side, long_side]), lambda: shape)
+        encoded = _limited(encoded, shape, max_pixels)
     return tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),

@@ -19,6 +19,10 @@ from deit.data import augment, mixing, sources, views
 _AUGMENT = 1
 _DROP_PATH = 2
 
+# Raised whenever a draw or a split changes: a run begun under another number is not continued, because its next
+# batches would not be those it would have seen. 1: until 0.1.0.
+VERSION = 2
+
 _SHUFFLE_WORD = 498247692  # TensorFlow's constant in index_shuffle, tested to be that
 
 _PADDING = -1  # position of the rows that fill up the last evaluation batch

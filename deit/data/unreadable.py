@@ -7,10 +7,11 @@ the run's (train_step keeps it in its state), so a continued run stops where an 
 from collections.abc import Iterable
 
 import numpy as np
+import tensorflow as tf
 from absl import logging
 
 from deit import errors
-from deit.data import sources, stream
+from deit.data import sources, stream, views
 
 _LISTED = 50  # names in the error; the log has them all
 
@@ -25,11 +26,21 @@ class Unreadable:
     def note(self, positions: Iterable[np.ndarray], weights: Iterable[np.ndarray]) -> None:
         """Log the images of weight 0 that are new; arrays [B], one a replica."""
         lost = np.concatenate([p[w == 0] for p, w in zip(positions, weights)])
-        for index in stream.indices_at(self._source, self._config, lost) if len(lost) else ():
+        indices = stream.indices_at(self._source, self._config, lost) if len(lost) else ()
+        for index, position in zip(indices, lost):
             name = self._source.name(int(index))
             if name not in self.names:
                 self.names[name] = None
-                logging.warning("image %s can't be read, or is larger than data.max_pixels: it gets weight 0", name)
+                logging.warning("image %s gets weight 0: %s", name, self._reason(int(index), int(position)))
+
+    def _reason(self, index: int, position: int) -> str:
+        # The stream leaves out what fails, whatever the error: an error that is not the image's must not hide there.
+        (encoded,), _ = self._source.read(np.array([index]))
+        try:
+            views.crop(tf.constant(encoded), stream.augmentation_seed(self._config, position), self._config)
+        except tf.errors.InvalidArgumentError:
+            return "it can't be read, or is larger than data.max_pixels"
+        return "the stream could not make it, though it can be read now: a file that comes and goes?"
 
     def check(self, count: float, step: int) -> None:
         """Raise UserError where `count` of the images up to update `step` are too many for data.max_bad_fraction."""
@@ -39,7 +50,7 @@ class Unreadable:
         if count > allowed:
             raise errors.UserError(
                 f"data.max_bad_fraction ({config.data.max_bad_fraction}) allows {allowed:.0f} unreadable images by "
-                f"update {step}, there were {count:.0f}: {listed(list(self.names))}"
+                f"update {step}, there were {count:.0f} (a file counts each time it is met): {listed(list(self.names))}"
             )
 
 

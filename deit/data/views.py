@@ -20,7 +20,6 @@ def training(config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     c = config.augment
     policy = rules.randaugment_policy(c.randaugment) if c.randaugment else None
     fill = fill_colour(config)
-    crop = _CROPS[c.crop]
 
     def view(encoded, seed):
         image = crop(encoded, seed, config)
@@ -38,6 +37,11 @@ def training(config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
         return image
 
     return view
+
+
+def crop(encoded: tf.Tensor, seed: tf.Tensor, config) -> tf.Tensor:
+    """Decode and crop as `training` does, uint8 [S, S, 3]: all that a damaged file can make fail."""
+    return _CROPS[config.augment.crop](encoded, seed, config)
 
 
 def describe(config, seed: tf.Tensor) -> list[str]:
@@ -62,11 +66,11 @@ def describe(config, seed: tf.Tensor) -> list[str]:
 
 def evaluation(config) -> Callable[[tf.Tensor], tf.Tensor]:
     """Return f(encoded) -> uint8 [S, S, 3], nothing drawn."""
-    size, limit = config.data.image_size, config.data.max_pixels
+    size, limit, ratio = config.data.image_size, config.data.max_pixels, config.eval.crop_ratio
 
     def view(encoded):
-        image = decode.decode(encoded, max_pixels=limit)
-        return augment.evaluation(image, size=size, crop_ratio=config.eval.crop_ratio)
+        image = decode.decode(encoded, max_pixels=limit, short_side=int(size / ratio) if ratio else 0)
+        return augment.evaluation(image, size=size, crop_ratio=ratio)
 
     return view
 
@@ -89,8 +93,9 @@ def _random_resized(encoded, seed, config):
 
 
 def _simple(encoded, seed, config):
-    image = decode.decode(encoded, max_pixels=config.data.max_pixels)
-    return augment.simple_crop(image, seed, size=config.data.image_size)
+    size = config.data.image_size
+    image = decode.decode(encoded, max_pixels=config.data.max_pixels, short_side=size)
+    return augment.simple_crop(image, seed, size=size)
 
 
 _CROPS = {"resize_crop": _resize_crop, "random_resized": _random_resized, "simple": _simple}

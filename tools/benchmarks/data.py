@@ -146,7 +146,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     slower = "; the teacher's own forward pass, left out here, makes the model slower still"
     slow, fast = ("model", "data stream") if result["limited_by"] == "model" else ("data stream", "model")
     return [
-        f"{result['image_size']} px, {result['threads'] or 'tf.data decides on'} threads, {result['cpus']} CPUs, "
+        f"{result['image_size']} px, {result['threads'] or 'one a core: '} threads, {result['cpus']} CPUs, "
         f"device {result['device']}",
         f"{'stage':<12} {'images/s so far':>14} {'CPU ms it adds':>14} {'share':>8}",
         *rows,
