@@ -93,7 +93,7 @@ def images(batch: dict[str, tf.Tensor], start: tf.Tensor | int, count: int) -> t
     foreign = 1.0 - tf.where(whole, _rows(batch["mix_lambda"], start, count)[:, None], 0.0)  # inside the box
     rows = foreign * _within(pixels, top, height)  # [count, S]
     columns = _within(tf.repeat(pixels, 3), left, width)  # [count, S * 3]
-    mixed = own + (partner - own) * (rows[:, :, None] * columns[:, None, :])
+    mixed = own + (partner - own) * rows[:, :, None] * columns[:, None, :]  # the mask itself is never made
     return tf.reshape(mixed, shape)
 
 
