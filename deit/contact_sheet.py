@@ -54,7 +54,7 @@ def as_trained(source: sources.Source, config, places: np.ndarray) -> list[tuple
     count, size = len(places), config.data.image_size
     mixed = configuration.mixes(config.augment)
     group = config.augment.mix_group
-    partners = places // group * group + group - 1 - places % group  # the group reversed, as in mixing.fields
+    partners = mixing.partners(places, group)
     made = stream.at(source, config, np.concatenate([places, partners]) if mixed else places)
     batch = {name: tf.constant(value) for name, value in made.items()}
     batch["position"] = tf.range(len(made["position"]), dtype=tf.int64)  # rows, as mixing looks partners up by row

@@ -7,6 +7,7 @@ import tensorflow as tf
 from scipy import stats
 
 from configs import base
+from deit import config as configuration
 from deit.data import mixing
 from deit.losses import base as losses
 
@@ -121,7 +122,7 @@ def make_batch(first=0, count=BATCH, size=SIZE, unreadable=(), **changes):
         "position": tf.constant(position, tf.int64),
     }
     c = augment_config(**changes)
-    if mixing.enabled(c):
+    if configuration.mixes(c):
         batch |= mixing.fields(batch["position"], batch["weight"], seed=7, augment_config=c, size=size)
     return batch
 

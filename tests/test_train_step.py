@@ -67,7 +67,7 @@ class Run:
 
     def batch(self, seed=0):
         batch = make_batch(seed, self.network.drop_rates)
-        if mixing.enabled(self.config.augment):
+        if configuration.mixes(self.config.augment):
             drawn = mixing.fields(
                 tf.constant(batch["position"]),
                 tf.constant(batch["weight"]),

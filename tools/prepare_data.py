@@ -204,11 +204,11 @@ def _unreadable(found: dict) -> dict[tuple[str, str], list[str]]:
 
 
 def _surveys(data, splits: Sequence[str]) -> list:
-    from deit.data import sources, survey
+    from deit.data import sources, stream, survey
 
     opened = [sources.open_scan(data, split) for split in splits]
     with tqdm(total=sum(map(len, opened)), desc="reading", unit="img", leave=False) as bar:
-        threads = data.threads or os.cpu_count()
+        threads = data.threads or stream.cores()
         return [
             survey.survey(source, split, max_pixels=data.max_pixels, threads=threads, advance=bar.update)
             for source, split in zip(opened, splits)

@@ -10,7 +10,6 @@ distance from the group's two ends (timm mixes a batch with itself reversed).
 
 import tensorflow as tf
 
-from deit import config as configuration
 from deit.data import augment
 
 _MIX = 3  # purpose of the draws made from a seed and a group (stream.py has 1 and 2)
@@ -22,9 +21,9 @@ _POWER = 4
 _CENTRE = 5
 
 
-def enabled(augment_config) -> bool:
-    """Return whether the `augment` part of a configuration mixes examples."""
-    return configuration.mixes(augment_config)
+def partners(positions, group: int):
+    """Return with which position each is mixed: its group of `group` positions reversed. A tensor or a NumPy array."""
+    return positions // group * group + group - 1 - positions % group
 
 
 def draw(group: tf.Tensor, *, seed: int, augment_config, size: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -67,7 +66,7 @@ def fields(positions: tf.Tensor, weights: tf.Tensor, *, seed: int, augment_confi
     mixed = readable & tf.reverse(readable, [1])
     return {
         "mix_lambda": tf.reshape(tf.where(mixed, lambdas[:, None], 1.0), [count]),
-        "mix_partner": tf.reshape(tf.reverse(grouped, [1]), [count]),
+        "mix_partner": partners(positions, augment_config.mix_group),
         "mix_box": tf.reshape(tf.where(mixed[:, :, None], boxes[:, None], 0), [count, 4]),
     }
 

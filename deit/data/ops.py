@@ -5,8 +5,9 @@ pixels; parameters may be tensors, so one graph serves every strength. Written f
 the picture that TensorFlow vectorises (arithmetic on whole arrays) instead of those that it does not (select and
 broadcasts over the channel), which cost up to ten times as much.
 
-tensorflow_addons.image is not used: its equalize and its colour operations differ from Pillow's, its rotate and its
-translate blend the fill into the border, and it has no shear that fills with a colour.
+tensorflow_addons.image is not used. Measured on photographs against Pillow: its equalize is as exact but slower than
+this one, its sharpness is off by up to 2 of 255 and its blur by up to 39, rotate and translate blend the fill into the
+border and fill with black only, and shear samples the nearest pixel and cannot be traced for a drawn strength.
 """
 
 import tensorflow as tf
@@ -267,7 +268,7 @@ def _with_fill(image: tf.Tensor, fill: tf.Tensor) -> tf.Tensor:
 
 
 def _taken(table: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Return float32 [N, 3], the rows of `table` that `index` [H, W] names; tf.gather takes twice as long for three bytes."""
+    """Return the rows of `table` that `index` [H, W] names, float32 [N, 3]; tf.gather takes twice as long for them."""
     return tf.cast(_pixels(tf.gather_nd(table, index[..., None])), tf.float32)
 
 

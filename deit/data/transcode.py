@@ -1,8 +1,9 @@
 """Pictures that TensorFlow 2.15 cannot decode, or decodes wrongly, become plain BMP through Pillow when they are read.
 
-Those are WebP, and BMP with a palette (TensorFlow shows its indices) or packed pixels. Promises: the size is taken
-from the header before anything is decoded or allocated for it; what is too large or broken becomes b"", which the
-stream counts as unreadable. Alpha is dropped and of an animation the first frame taken, as the other decoders do.
+Those are WebP, BMP with a palette (TensorFlow shows its indices) or packed pixels, and GIF whose first frame is not the
+whole picture (TensorFlow allocates the frame, whatever the header says). Promises: the size is taken from the header
+before anything is decoded or allocated for it; what is too large or broken becomes b"", which the stream counts as
+unreadable. Alpha is dropped and of an animation the first frame taken, as the other decoders do.
 """
 
 import io
@@ -12,7 +13,7 @@ _HEADER = 34  # bytes, enough for the sizes of both
 
 def needed(data: bytes) -> bool:
     """Tell by the content, not the name: many a .jpg from the web is a WebP."""
-    return is_webp(data) or (data[:2] == b"BM" and not _plain_bmp(data))
+    return is_webp(data) or (data[:2] == b"BM" and not _plain_bmp(data)) or (_is_gif(data) and not _plain_gif(data))
 
 
 def is_webp(data: bytes) -> bool:
@@ -21,9 +22,11 @@ def is_webp(data: bytes) -> bool:
 
 
 def size(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) in px from the header of a WebP or BMP, or None where it is cut short."""
+    """Return (width, height) in px from the header of a WebP, BMP or GIF, or None where it is cut short."""
     if len(data) < _HEADER:
         return None
+    if _is_gif(data):
+        return _gif_size(data)
     return _webp_size(data) if is_webp(data) else _bmp_size(data)
 
 
@@ -43,10 +46,12 @@ def to_bmp(data: bytes, *, max_pixels: int | None) -> bytes:
 
 
 def open_image(data: bytes):
-    """Open a WebP or BMP with Pillow."""
-    from PIL import BmpImagePlugin, WebPImagePlugin
+    """Open a WebP, BMP or GIF with Pillow."""
+    from PIL import BmpImagePlugin, GifImagePlugin, WebPImagePlugin
 
     # The plugins themselves, not Image.open: that has a limit of pixels of its own, which data.max_pixels replaces.
+    if _is_gif(data):
+        return GifImagePlugin.GifImageFile(io.BytesIO(data))
     plugin = WebPImagePlugin.WebPImageFile if is_webp(data) else BmpImagePlugin.BmpImageFile
     return plugin(io.BytesIO(data))
 
@@ -74,6 +79,43 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
 def _plain_bmp(data: bytes) -> bool:
     """Tell whether pixels are stored as 3 or 4 bytes without compression or masks: what TensorFlow expects."""
     return _number(data, 14, 4) != 12 and _number(data, 28, 2) in (24, 32) and _number(data, 30, 4) == 0
+
+
+def _is_gif(data: bytes) -> bool:
+    return data[:4] == b"GIF8"
+
+
+def _plain_gif(data: bytes) -> bool:
+    """Tell whether the first frame is the whole picture."""
+    return _gif_frame(data) == (0, 0, *_gif_screen(data))
+
+
+def _gif_size(data: bytes) -> tuple[int, int] | None:
+    """Return the extent of the screen and the first frame together, which is what Pillow makes."""
+    if (frame := _gif_frame(data)) is None:
+        return None
+    left, top, width, height = frame
+    screen = _gif_screen(data)
+    return max(left + width, screen[0]), max(top + height, screen[1])
+
+
+def _gif_screen(data: bytes) -> tuple[int, int]:
+    return _number(data, 6, 2), _number(data, 8, 2)
+
+
+def _gif_frame(data: bytes) -> tuple[int, int, int, int] | None:
+    """Return left, top, width, height of the first frame (GIF89a, sections 18 to 26), None where there is none."""
+    table = 3 << ((data[10] & 7) + 1) if len(data) > 10 and data[10] & 0x80 else 0
+    place = 13 + table
+    while data[place : place + 1] == b"!":  # an extension: its label and blocks, each with its length in front
+        place += 2
+        while place < len(data) and data[place]:
+            place += 1 + data[place]
+        place += 1
+    if data[place : place + 1] != b"," or len(data) < place + 9:
+        return None
+    left, top, width, height = (_number(data, place + 1 + 2 * i, 2) for i in range(4))
+    return left, top, width, height
 
 
 def _number(data: bytes, first: int, count: int) -> int:

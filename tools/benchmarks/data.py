@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tqdm
 from absl import logging
@@ -67,14 +68,14 @@ def measure(
         name: Timing(*map(statistics.median, zip(*timings)))
         for name, timings in alternating(kinds, images=images, rounds=rounds, warm_up=warm_up).items()
     }
-    table = stages(**found, workers=config.data.threads or cpus())
+    table = stages(**found, workers=config.data.threads or stream.cores())
     model = update.rate(run_update, next(iter(stream_of(small, source, rates))), updates=updates)
     slowest = min(table, key=lambda row: row["limit"])
     stream_rate = table[-1]["images_per_sec"]
     return {
         "image_size": config.data.image_size,
         "threads": config.data.threads,
-        "cpus": cpus(),
+        "cpus": stream.cores(),
         "device": tf.config.list_logical_devices("GPU")[0].name if tf.config.list_logical_devices("GPU") else "CPU",
         "stages": table,
         "images_per_sec": stream_rate,
@@ -167,7 +168,7 @@ def alternating(
     """Time every (iterator maker, batch size) once a round: images/s and CPU ms an image, round by round."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     busy = os.getloadavg()[0]
-    if busy > 0.5 * cpus():
+    if busy > 0.5 * stream.cores():
         logging.warning("other processes are busy (load average %.1f): rates and ratios are of little worth", busy)
     with tqdm.tqdm(total=rounds * len(kinds), desc="measuring", leave=False, disable=None) as bar:
         for _ in range(rounds):
@@ -211,9 +212,9 @@ def _reads(config, source: sources.Source) -> Callable[[], Iterator]:
     """Return batches of encoded images in the order of the stream."""
 
     def make():
-        positions = tf.range(config.global_batch, dtype=tf.int64)
+        positions = np.arange(config.global_batch)
         while True:
-            yield source.read(stream.positions_to_indices(positions, n=len(source), seed=config.seed).numpy())
+            yield source.read(np.unique(stream.indices_at(source, config, positions)))  # each once, as the stream does
             positions += config.global_batch
 
     return make
@@ -249,8 +250,3 @@ def _mixer(config) -> Callable[[dict[str, tf.Tensor]], tf.Tensor]:
         return tf.while_loop(lambda i, _: i < size // micro, body, start, parallel_iterations=1)[1]
 
     return mixed
-
-
-def cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

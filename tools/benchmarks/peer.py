@@ -15,7 +15,7 @@ import numpy as np
 
 from deit import config as configuration
 from deit import errors, rules
-from deit.data import sources
+from deit.data import sources, stream
 from tools.benchmarks import data, pillow_loader, pillow_recipe, update
 
 WORKERS = 2  # threads of the stream, processes of the Pillow loader
@@ -52,7 +52,7 @@ def compare(
     return {
         "image_size": config.data.image_size,
         "workers": WORKERS,
-        "cpus": data.cpus(),
+        "cpus": stream.cores(),
         "repeats": 1,
         "configured_repeats": repeats,
         "images_per_sec": medians["stream"],
