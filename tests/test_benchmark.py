@@ -4,6 +4,7 @@ import dataclasses
 import io
 import pathlib
 import random
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from configs import base, deit_tiny_flowers, quickstart
-from deit import errors
+from deit import errors, rules
 from deit.data import sources
 from tests import photos
 from tools.benchmarks import data, peer, pillow_loader, pillow_recipe, update
@@ -124,9 +125,34 @@ def test_the_peer_repeats_no_image_so_the_stream_repeats_none_and_a_line_says_so
     source = sources.open_source(config.data, "train")
     result = peer.compare(config, source, images=32, rounds=1, warm_up=0.0)
     assert [each.augment.repeats for each in seen] == [1]
-    assert result["ratio_lean"] == pytest.approx(result["images_per_sec"] / result["pillow_lean_images_per_sec"])
+    assert result["ratio_pillow_lean"] == pytest.approx(result["images_per_sec"] / result["pillow_lean_images_per_sec"])
     assert "augment.repeats is 1 in this comparison, not 3" in peer.lines(result)[1]
     assert "repeats" not in "\n".join(peer.lines({**result, "configured_repeats": 1}))
+
+
+def test_timm_s_own_loader_gets_the_configuration_s_recipe():
+    settings = peer.timm_settings(FULL, "timm", 256)
+    loader = settings["loader"]
+    assert rules.randaugment_policy(loader["auto_augment"]) == rules.randaugment_policy("rand-m9-mstd0.5-inc1")
+    assert (loader["re_prob"], loader["re_mode"], loader["hflip"], loader["num_workers"]) == (0.25, "pixel", 0.5, 2)
+    assert (loader["scale"], loader["ratio"]) == ((0.08, 1.0), (3 / 4, 4 / 3))
+    mixing = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch_prob": 0.5, "label_smoothing": 0.1}
+    assert settings["mixing"] == mixing
+    recipe = peer.recipe_of(update.copy_of(full_config(), data.CROP_FLIP))
+    plain = peer.timm_settings(recipe, "timm", 256)
+    assert (plain["loader"]["auto_augment"], plain["loader"]["re_prob"], plain["mixing"]) == (None, 0.0, None)
+
+
+def test_an_interpreter_without_timm_is_one_line_with_its_own_last_words(tmp_path):
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\necho 'No module named timm' >&2\n")
+    silent.chmod(0o755)
+    wanted = rf"--timm_python \({re.escape(str(silent))}\): timm's loader has ended: No module named timm"
+    with (
+        pytest.raises(errors.UserError, match=wanted),
+        peer.timm_loader(str(silent), [b"a"], np.zeros(1), FULL, "timm", 1) as batches,
+    ):
+        next(batches)
 
 
 def mixed_by(style, batch, recipe, seed):
@@ -239,6 +265,7 @@ def test_the_peer_s_workers_show_every_image_once_an_epoch(style, shape):
         (("accumulate", "--peer"), "--peer measures `data` and has no meaning for `accumulate`"),
         (("accumulate", "--images=8"), "--images measures `data`"),
         (("data", "--peer", "--updates=2"), "--updates times the student, which --peer leaves out"),
+        (("data", "--timm_python=python3"), "--timm_python is compared with --peer only"),
         (("data", "--recipe=full"), "recipe"),
         (("data", "--config.data.name=folder:/nowhere/at/all"), "/nowhere/at/all"),
         (("data", "--config.data.name=tfds:tf_flowers", "--config.data.data_dir=/nowhere"), "/nowhere"),

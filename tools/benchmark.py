@@ -9,6 +9,7 @@ python tools/benchmark.py data [--config=FILE] [--recipe=config] [--images=2048]
     --recipe=crop_flip: random resized crop and flip alone, whatever else the configuration switches on.
 python tools/benchmark.py data --peer [--config=FILE] [--recipe=config] [--images=2048] [--rounds=3] [--json]
     The stream with 2 threads against Pillow loaders of the same recipe with 2 processes, alternating.
+    --timm_python=PATH: an interpreter with timm, torch and torchvision; timm's own loader takes its turns too.
 """
 
 import json
@@ -33,6 +34,9 @@ PEER = flags.DEFINE_boolean("peer", False, "data: compare the stream with a Pill
 RECIPE = flags.DEFINE_enum(
     "recipe", "config", ["config", "crop_flip"], "data: the configuration's augmentation, or crop and flip alone."
 )
+TIMM_PYTHON = flags.DEFINE_string(
+    "timm_python", "", "data --peer: an interpreter that has timm, torch and torchvision (Pillow below 13)."
+)
 JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of lines.")
 USAGE = "usage: python tools/benchmark.py accumulate|data [--config=FILE]; --help lists the flags"
 
@@ -54,7 +58,7 @@ main.takes_arguments = True
 
 
 def _accumulate() -> tuple[dict, list[str]]:
-    _refuse(["peer", "images", "recipe"], "measures `data` and has no meaning for `accumulate`")
+    _refuse(["peer", "images", "recipe", "timm_python"], "measures `data` and has no meaning for `accumulate`")
     from tools.benchmarks import update
 
     settings = [word for word in sys.argv[1:] if word != "accumulate"]
@@ -77,6 +81,8 @@ def _update(size: int) -> dict:
 def _data() -> tuple[dict, list[str]]:
     if PEER.value:
         _refuse(["updates"], "times the student, which --peer leaves out")
+    else:
+        _refuse(["timm_python"], "is compared with --peer only")
     rules.validate(CONFIG.value)
     from deit.data import sources
 
@@ -95,7 +101,8 @@ def _data() -> tuple[dict, list[str]]:
     if RECIPE.value == "crop_flip":
         config, said = update.copy_of(config, data.CROP_FLIP), ["random resized crop and flip alone"]
     if PEER.value:
-        result = peer.compare(config, source, images=IMAGES.value, rounds=ROUNDS.value)
+        timm_python = TIMM_PYTHON.value
+        result = peer.compare(config, source, images=IMAGES.value, rounds=ROUNDS.value, timm_python=timm_python)
         said += peer.lines(result)
     else:
         result = data.measure(config, source, images=IMAGES.value, rounds=ROUNDS.value, updates=UPDATES.value)

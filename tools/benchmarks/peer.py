@@ -1,4 +1,4 @@
-"""Time the data stream against Pillow loaders of the same recipe (pillow_loader.py).
+"""Time the data stream against Pillow loaders of the same recipe (pillow_loader.py), and timm's own where it is.
 
 Promises: stream and loaders take turns, on as many threads as processes, and do the same work; whatever of the
 configuration the comparison leaves out is refused by name or said in a line.
@@ -7,8 +7,12 @@ configuration the comparison leaves out is refused by name or said in a line.
 import contextlib
 import dataclasses
 import functools
+import json
 import statistics
-from collections.abc import Iterator
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +26,26 @@ WORKERS = 2  # threads of the stream, processes of the Pillow loader
 _IMAGES = 4096  # of the split, held in memory for the Pillow loader
 
 
+_TIMM = {"timm_loader": "timm", "deit_loader": "deit"}  # styles of timm_loader.py
+_NAMES = {
+    **{f"pillow_{style}": f"Pillow {how}" for style, how in pillow_recipe.STYLES.items()},
+    "timm_loader": "timm's own loader",
+    "deit_loader": "facebookresearch/deit's loader",
+}
+
+
 def compare(
-    config, source: sources.Source, *, images: int, rounds: int, warm_up: float = data.WARM_UP
+    config,
+    source: sources.Source,
+    *,
+    images: int,
+    rounds: int,
+    warm_up: float = data.WARM_UP,
+    timm_python: str = "",
 ) -> dict[str, Any]:
     """Time the stream with 2 threads and two Pillow loaders of the same recipe with 2 processes, in turn.
+
+    `timm_python`: an interpreter that has timm, torch and torchvision; its loaders then take their turns too.
 
     Each does the whole recipe and ends in mixed float32 micro-batches: the stream mixes on the device, the Pillow
     loaders in their workers, and their images become float32 where they are used. Of the loaders one takes timm's
@@ -45,7 +65,10 @@ def compare(
             like = dataclasses.replace(recipe, style=style)
             loader = pillow_loader.Loader(encoded, labels, like, workers=WORKERS, batch=group)
             batches = _floats(iter(stack.enter_context(loader)), config.micro_batch)
-            kinds[style] = (functools.partial(iter, batches), group)  # goes on in every round
+            kinds[f"pillow_{style}"] = (functools.partial(iter, batches), group)  # goes on in every round
+        for name, style in _TIMM.items() if timm_python else ():
+            batches = stack.enter_context(timm_loader(timm_python, encoded, labels, recipe, style, config.global_batch))
+            kinds[name] = (functools.partial(iter, batches), config.global_batch)
         found = data.alternating(kinds, images=images, rounds=rounds, warm_up=warm_up)
     rates = {name: [rate for rate, _ in timings] for name, timings in found.items()}
     medians = {name: statistics.median(each) for name, each in rates.items()}
@@ -56,8 +79,8 @@ def compare(
         "repeats": 1,
         "configured_repeats": repeats,
         "images_per_sec": medians["stream"],
-        **{f"pillow_{style}_images_per_sec": medians[style] for style in pillow_recipe.STYLES},
-        **{f"ratio_{style}": medians["stream"] / medians[style] for style in pillow_recipe.STYLES},
+        **{f"{name}_images_per_sec": rate for name, rate in medians.items() if name != "stream"},
+        **{f"ratio_{name}": medians["stream"] / rate for name, rate in medians.items() if name != "stream"},
         "rounds": rates,
     }
 
@@ -70,11 +93,11 @@ def lines(result: dict[str, Any]) -> list[str]:
     if result["configured_repeats"] > 1:
         configured = result["configured_repeats"]
         said.append(f"augment.repeats is 1 in this comparison, not {configured}: the Pillow loader repeats no image")
-    said.append(f"{f'stream, {workers} threads':<32} {result['images_per_sec']:>8,.0f} images/s ({shown['stream']})")
-    for style, how in pillow_recipe.STYLES.items():
-        name = f"Pillow {how}, {workers} processes"
-        rate, ratio = result[f"pillow_{style}_images_per_sec"], result[f"ratio_{style}"]
-        said.append(f"{name:<32} {rate:>8,.0f} images/s ({shown[style]})   ratio {ratio:.2f}")
+    said.append(f"{f'stream, {workers} threads':<43} {result['images_per_sec']:>8,.0f} images/s ({shown['stream']})")
+    for kind in filter(shown.get, _NAMES):
+        name = f"{_NAMES[kind]}, {workers} processes"
+        rate, ratio = result[f"{kind}_images_per_sec"], result[f"ratio_{kind}"]
+        said.append(f"{name:<43} {rate:>8,.0f} images/s ({shown[kind]})   ratio {ratio:.2f}")
     return said
 
 
@@ -118,3 +141,64 @@ def _floats(batches: Iterator, micro: int) -> Iterator[np.ndarray]:
         for start in range(0, len(images), micro):
             last = images[start : start + micro].astype(np.float32)
         yield last
+
+
+@contextlib.contextmanager
+def timm_loader(
+    python: str, encoded: Sequence[bytes], labels: np.ndarray, recipe: pillow_recipe.Recipe, style: str, batch: int
+) -> Iterator[Iterator[None]]:
+    """Run timm_loader.py under `python`; the iterator gives one item a batch. Errors: UserError where it ends."""
+    with tempfile.TemporaryDirectory(prefix="timm-loader-") as folder:
+        images = Path(folder) / "images.npz"
+        ends = np.cumsum([len(each) for each in encoded])
+        np.savez(images, encoded=np.frombuffer(b"".join(encoded), np.uint8), ends=ends, labels=labels)
+        script = str(Path(__file__).with_name("timm_loader.py"))
+        log = Path(folder) / "log"
+        command = [python, script, json.dumps(timm_settings(recipe, style, batch)), str(images)]
+        with open(log, "w") as errors_of_it:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors_of_it, text=True
+            )
+
+        def batches():
+            while True:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write("next\n")
+                    process.stdin.flush()
+                if not process.stdout.readline():
+                    last = (log.read_text().strip().splitlines() or ["no message"])[-1]
+                    raise errors.UserError(f"--timm_python ({python}): timm's loader has ended: {last}")
+                yield
+
+        try:
+            yield batches()
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def timm_settings(recipe: pillow_recipe.Recipe, style: str, batch: int) -> dict[str, Any]:
+    """Return what timm_loader.py passes on to timm.data.create_loader and its mixing."""
+    policy = f"rand-m{recipe.magnitude:g}-n{recipe.num_ops}-mstd{recipe.magnitude_std:g}-inc1"
+    mixing = {"mixup_alpha": recipe.mixup, "cutmix_alpha": recipe.cutmix, "switch_prob": recipe.mix_switch}
+    return {
+        "style": style,
+        "mixing": {**mixing, "label_smoothing": 0.1} if recipe.mix else None,
+        "loader": {
+            "input_size": [3, recipe.size, recipe.size],
+            "batch_size": batch,
+            "num_workers": WORKERS,
+            "interpolation": "bicubic",
+            "scale": recipe.scale,
+            "ratio": recipe.ratio,
+            "hflip": recipe.flip,
+            "auto_augment": policy if recipe.num_ops else None,
+            "color_jitter": 0.0,
+            "re_prob": recipe.erasing,
+            "re_mode": "pixel",
+            "mean": recipe.mean,
+            "std": recipe.std,
+            "persistent_workers": True,
+            "pin_memory": False,
+        },
+    }
