@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     c.data.split_seed = 0  # order of a folder's or the digits' examples behind NAME[a%:b%]
     c.data.max_ram_bytes = 8_000_000_000  # of a TFDS split in tfrecord files, which is held in memory, encoded
     c.data.max_pixels = 100_000_000  # height x width; a larger image is not decoded and counts as unreadable
-    c.data.max_bad_fraction = 0.01  # unreadable images tolerated, as a fraction of what was read; 0 to 1
+    c.data.max_bad_fraction = 0.01  # unreadable training images tolerated, as a fraction of those read; 0 to 1
     c.data.threads = 0  # threads that decode and augment; 0 = one a core
 
     c.augment = ConfigDict()

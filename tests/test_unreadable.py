@@ -31,6 +31,15 @@ def test_more_unreadable_images_than_the_limit_end_the_run(step, most):
         lost.check(float(most + 1), step)
 
 
+def test_the_list_says_that_it_holds_only_what_this_start_of_the_run_has_met():
+    lost = make()
+    with pytest.raises(errors.UserError, match="this start of the run: none; the log of an earlier start names them"):
+        lost.check(1000.0, 42)
+    lost.note([np.arange(2)], [np.zeros(2)])
+    with pytest.raises(errors.UserError, match=r"this start of the run: file\d.jpg, file\d.jpg$"):
+        lost.check(1000.0, 42)
+
+
 def test_each_image_is_named_once_however_often_it_is_met(caplog):
     lost = make()
     with caplog.at_level(logging.WARNING):
