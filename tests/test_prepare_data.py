@@ -42,6 +42,10 @@ def picture(number: int, width=9, height=7, mode="RGB") -> Image.Image:
     return Image.fromarray(values).convert(mode)
 
 
+def pixels(data: bytes) -> bytes:
+    return np.asarray(Image.open(io.BytesIO(data))).tobytes()
+
+
 def save(path: Path, image: Image.Image, kind=None, **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, kind, **options)
@@ -180,6 +184,16 @@ def test_what_is_no_picture_is_a_problem_and_not_an_exception(data):
     assert seen.problem and seen.kind is None
 
 
+def test_files_without_bytes_are_unreadable_but_no_duplicates_of_each_other(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / split / "a" / f"{number}.png").write_bytes(b"")
+    found = surveyed(data_config(f"folder:{tmp_path}"), "train", "val")
+    assert [len(each.bad()) for each in found] == [2, 2]
+    assert survey.duplicates(found) == []
+
+
 def test_a_picture_that_only_tensorflow_refuses_is_a_problem():
     out = io.BytesIO()
     picture(0).save(out, "TIFF")
@@ -243,12 +257,13 @@ def test_unreadable_files_stop_a_conversion_by_name_or_are_left_out(flawed, tmp_
 
 
 class Painted(tfds.core.GeneratorBasedBuilder):
-    """Sixty noisy PNG pictures."""
+    """Sixty noisy PNG pictures and the files they were."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["a", "b", "c"])}
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
+                    "image/filename": tfds.features.Text()}  # fmt: skip
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -256,7 +271,7 @@ class Painted(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, low, high):
         for k in range(low, high):
-            yield k, {"image": np.asarray(picture(k)), "label": k % 3}
+            yield k, {"image": np.asarray(picture(k)), "label": k % 3, "image/filename": f"abc/{k}.png"}
 
 
 def test_tfrecords_are_copied_bucket_by_bucket_in_their_order(tmp_path, monkeypatch):
@@ -274,18 +289,63 @@ def test_tfrecords_are_copied_bucket_by_bucket_in_their_order(tmp_path, monkeypa
         source = sources.open_source(copy, split)
         encoded, labels = source.raw(np.arange(len(source)))
         assert list(zip(encoded, labels.tolist())) == list(scan.scan())
+        file = {np.asarray(picture(k)).tobytes(): f"abc/{k}.png" for k in range(60)}
+        for i, data in enumerate(encoded):  # named as in the original
+            assert source.name(i) == f"painted {split} record {i} ({file[pixels(data)]})"
+    again = {split: sources.open_scan(copy, split) for split in scans}
+    records.write(again, out=str(tmp_path / "again"), name="painted", skip={}, advance=lambda: None)
+    twice = data_config("tfds:painted", data_dir=str(tmp_path / "again"))
+    assert sources.open_source(twice, "train").name(7) == sources.open_source(copy, "train").name(7)
 
 
-def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path):
-    class Failing(sources.InMemory):
-        def scan(self):
-            yield from list(super().scan())[:1]
-            raise OSError(5, "the disk is gone")
+def test_damaged_records_are_named_stop_a_conversion_or_are_left_out(tmp_path):
+    Painted(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    (path,) = tmp_path.rglob("painted-train*")
+    data = path.read_bytes()
+    png = sources.open_source(data_config("tfds:painted", data_dir=str(tmp_path)), "train").raw(np.array([30]))[0][0]
+    start = data.index(png)
+    path.write_bytes(data[: start + 9] + bytes(9) + data[start + 18 :])
+    flags = ["--config.data.name=tfds:painted", f"--config.data.data_dir={tmp_path}", "--config.data.train_split=train",
+             "--config.data.eval_split=test"]  # fmt: skip
+    out, err = run("check", *flags, code=1)
+    assert "unreadable images: 1" in one_line(err)
+    assert "  painted train record 30: the file is empty or can't be read" in out.splitlines()
+    line = one_line(run("convert", *flags, f"--out={tmp_path / 'new' / 'out'}", code=1)[1])
+    assert "unreadable images (1), nothing was written: painted train record 30 (the file is empty" in line
+    assert not (tmp_path / "new").exists()
+    out, _ = run("convert", *flags, f"--out={tmp_path / 'new' / 'out'}", "--skip_bad")
+    assert "left out: painted train record 30 (the file is empty" in out and "59 images in" in out
 
-    source = Failing([b"x", b"y"], [0, 0], classes=["a"])
+
+class Failing(sources.InMemory):
+    """Two examples of which the second cannot be had."""
+
+    def __init__(self, error):
+        super().__init__([b"x", b"y"], [0, 0], classes=["a"])
+        self.error = error
+
+    def scan(self):
+        yield b"x", 0
+        raise self.error
+
+
+@pytest.mark.parametrize("out", [".", "new", "new/and/deep"])
+@pytest.mark.parametrize("error", [OSError(5, "the disk is gone"), KeyboardInterrupt()])
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, out, error):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").mkdir()
+    for where in (out, f"{tmp_path}/{out}", f"kept/{out}"):
+        with pytest.raises(type(error)):
+            records.write({"train": Failing(error)}, out=where, name="half", skip={}, advance=lambda: None)
+        assert sorted(tmp_path.rglob("*")) == [tmp_path / "kept"]
+
+
+def test_a_conversion_that_fails_leaves_what_others_put_beside_it(tmp_path):
+    note = tmp_path / "new" / "note.txt"
     with pytest.raises(OSError, match="the disk is gone"):
-        records.write({"train": source}, out=str(tmp_path), name="half", skip={}, advance=lambda: None)
-    assert list(tmp_path.iterdir()) == []
+        records.write({"train": Failing(OSError(5, "the disk is gone"))}, out=str(tmp_path / "new" / "deep"),
+                      name="half", skip={}, advance=lambda: note.write_text("mine"))  # fmt: skip
+    assert sorted(tmp_path.rglob("*")) == [note.parent, note]
 
 
 @pytest.mark.parametrize("name", ["Flowers", "my flowers", "../x", "9lives", ""])

@@ -16,7 +16,26 @@ _THREADS = 16  # more than cores: they mostly wait for a disk
 _CHUNK = 256  # examples that `scan` holds
 
 
-class Encoded:
+class Named:
+    """Examples that are called by `_name`, and by the file they were before, where a data set keeps its name."""
+
+    _name: Callable[[int], str]
+
+    def name(self, index: int) -> str:
+        """Return what a person calls the example."""
+        file = self._file(int(index))
+        return self._name(int(index)) + (f" ({file})" if file else "")
+
+    def file_name(self, index: int) -> str:
+        """Return what a copy of the example is to keep as the name of its file."""
+        return self._file(int(index)) or self._name(int(index))
+
+    def _file(self, index: int) -> str:
+        """Return the name of the file that the example was, "" where no other than `_name` is known."""
+        return ""
+
+
+class Encoded(Named):
     """Encoded images that are read by index.
 
     Attributes:
@@ -31,7 +50,7 @@ class Encoded:
         raise NotImplementedError
 
     def raw(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        """Return the images as they are stored and int32 labels at `indices` [B]; b"" for a file that is gone."""
+        """Return the images as they are stored and int32 labels at `indices` [B]; b"" for what is lost."""
         raise NotImplementedError
 
     def read(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
@@ -40,10 +59,6 @@ class Encoded:
         if any(map(transcode.needed, encoded)):
             encoded = list(pool().map(self._decodable, encoded))
         return encoded, labels
-
-    def name(self, index: int) -> str:
-        """Return what a person calls the example."""
-        return self._name(int(index))
 
     def scan(self) -> Iterator[tuple[bytes, int]]:
         """Yield every (stored bytes, label) in order, a few at a time in memory."""

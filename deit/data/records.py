@@ -73,15 +73,10 @@ def write(splits: dict, *, out: str, name: str, skip: dict[str, Collection[int]]
         def _generate_examples(self, split):
             return _examples(splits[split], skip.get(split, ()), advance)
 
-    builder = Copy()
-    try:
-        with _without_bars(tfds), tempfile.TemporaryDirectory() as unused:  # else TFDS makes out/downloads
+    with _removed_on_failure(target), _without_bars(tfds):
+        builder = Copy()
+        with tempfile.TemporaryDirectory() as unused:  # else TFDS makes out/downloads
             builder.download_and_prepare(download_dir=unused)
-    except BaseException:
-        # TFDS removes its unfinished version directory; the name above it would refuse the next attempt.
-        with contextlib.suppress(OSError):
-            target.rmdir()
-        raise
     return builder
 
 
@@ -92,7 +87,21 @@ def _examples(source, skip: Collection[int], advance: Callable[[], object]) -> I
     for index, (image, label) in enumerate(source.scan()):
         advance()
         if index not in skip:
-            yield index * step, {"image": image, "label": label, "file_name": source.name(index)}
+            yield index * step, {"image": image, "label": label, "file_name": source.file_name(index)}
+
+
+@contextlib.contextmanager
+def _removed_on_failure(target: Path) -> Iterator[None]:
+    """Remove what the block makes of the directory `target` and those above it, where it fails and they are empty."""
+    made = [path for path in (target, *target.parents) if not os.path.lexists(path)]  # the deepest first
+    try:
+        yield
+    except BaseException:
+        # TFDS removes its unfinished version directory; the name above it would refuse the next attempt.
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -105,12 +105,16 @@ def examine(data: bytes, *, max_pixels: int) -> Seen:
 
 
 def duplicates(surveys: Sequence[Survey]) -> list[list[tuple[int, int]]]:
-    """Return the groups of images with the same content, each a list of (survey, index) in order."""
+    """Return the groups of images with the same content, each a list of (survey, index) in order.
+
+    What has no bytes (an empty file, a lost record) has no content that could be the same.
+    """
     met, repeated = set(), {}  # the places of all would be several times the memory
     for image in itertools.chain.from_iterable(found.seen for found in surveys):
         if image.digest in met:
             repeated[image.digest] = []
         met.add(image.digest)
+    repeated.pop(hashlib.sha256(b"").digest(), None)
     for which, found in enumerate(surveys):
         for index, image in enumerate(found.seen):
             if image.digest in repeated:

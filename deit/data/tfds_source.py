@@ -2,10 +2,12 @@
 
 Promises: a set that is prepared is opened from its files alone (no network, no code of the set); array_record
 files are read by index where they are, tfrecord files are held in memory as encoded bytes, and refused with the
-command that converts them where they do not fit `data.max_ram_bytes`. The order is TFDS's own for both.
+command that converts them where they do not fit `data.max_ram_bytes`. The order is TFDS's own for both. A file that
+cannot be opened is refused at the start; a record that is damaged costs nothing but itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -14,40 +16,51 @@ from deit.data import encoded, splits
 
 TOOL = "python tools/prepare_data.py"
 
+_FILES = ("file_name", "image/filename", "filename", "image/file_name")  # what TFDS's sets call it; ImageNet the first
+
 
 class ArrayRecords(encoded.Encoded):
-    """A TFDS data source over array_record files, whose records are read by index."""
+    """A TFDS data source over array_record files, read by index; `features`: as `_features` returns them."""
 
-    def __init__(
-        self,
-        records,
-        *,
-        image: str,
-        label: str,
-        classes: Sequence[str],
-        name: Callable[[int], str] = "record {}".format,
-        max_pixels: int | None = None,
-    ):
-        super().__init__(classes=classes, name=name, max_pixels=max_pixels)
-        self._records, self._image, self._label = records, image, label
+    def __init__(self, records, features: tuple[str, str, str | None], **fields):
+        super().__init__(**fields)
+        self._records, (self._image, self._label, self._file_feature) = records, features
 
     def __len__(self) -> int:
         return len(self._records)
 
     def raw(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        found = self._records.__getitems__([int(i) for i in indices])
-        labels = np.array([record[self._label] for record in found], np.int32)
-        return [bytes(record[self._image]) for record in found], labels
+        """Return the images as they are stored and int32 labels at `indices` [B].
+
+        A damaged record gives b"" and label 0: its label is lost with it, and what has no bytes weighs nothing.
+        """
+        found = self._intact([int(i) for i in indices])
+        labels = np.array([record.get(self._label) or 0 for record in found], np.int32)
+        return [bytes(record.get(self._image) or b"") for record in found], labels
+
+    def _file(self, index: int) -> str:
+        (record,) = self._intact([index]) if self._file_feature else [{}]
+        return (record.get(self._file_feature) or b"").decode("utf-8", "replace")
+
+    def _intact(self, rows: list[int]) -> list[dict]:
+        """Return the records at `rows`; one that is damaged has no features, or none with a value."""
+        try:
+            return self._records.__getitems__(rows)
+        except RuntimeError:  # one that is damaged fails them all, and the reader reads on: look in both halves
+            if len(rows) == 1:
+                return [{}]
+            half = len(rows) // 2
+            return self._intact(rows[:half]) + self._intact(rows[half:])
 
 
-class TfRecords:
-    """A split in tfrecord files, which can only be read from its start to its end."""
+class TfRecords(encoded.Named):
+    """A split in tfrecord files, which can only be read from its start to its end; `scan` learns the files' names."""
 
     def __init__(self, data_config, builder, split: str):
         self._config, self._builder, self._split = data_config, builder, split
         self._count = _split_info(builder, split).num_examples
         self.classes = tuple(builder.info.features[_features(builder)[1]].names)
-        self.name = _names(data_config, split)
+        self._name, self._files = _names(data_config, split), []
 
     def __len__(self) -> int:
         return self._count
@@ -56,22 +69,27 @@ class TfRecords:
         """Yield every (stored bytes, label) in the order of the files. Errors: UserError for damaged files."""
         import tensorflow_datasets as tfds
 
-        image, label = _features(self._builder)
+        image, label, file = _features(self._builder)
+        wanted = (image, label, file) if file else (image, label)
         # Records in the order of the files, whatever the number of threads.
         order = tfds.ReadConfig(interleave_cycle_length=1, add_tfds_id=False)
         decoders = {image: tfds.decode.SkipDecoding()}
         dataset = self._builder.as_dataset(self._split, decoders=decoders, read_config=order, shuffle_files=False)
-        dataset = dataset.map(lambda record: (record[image], record[label])).batch(256)
-        batches = iter(dataset.as_numpy_iterator())
+        dataset = dataset.map(lambda record: tuple(record[feature] for feature in wanted)).batch(256)
+        batches, self._files = iter(dataset.as_numpy_iterator()), []
         while True:
             try:
-                images, labels = next(batches)
+                images, labels, *files = next(batches)
             except StopIteration:
                 return
             except Exception as error:  # a file missing or cut short: errors of TensorFlow's readers
                 raise _damaged(self._config, error) from error
             _check_labels(self._config, self._split, labels)
+            self._files += files[0].tolist() if files else []
             yield from zip(images, labels.tolist())
+
+    def _file(self, index: int) -> str:
+        return self._files[index].decode("utf-8", "replace") if index < len(self._files) else ""
 
 
 def open_source(data_config, split: str) -> encoded.Encoded:
@@ -169,25 +187,45 @@ def _in_array_records(builder) -> bool:
 def _array_records(data_config, builder, split: str) -> ArrayRecords:
     import tensorflow_datasets as tfds
 
-    _split_info(builder, split)
-    image, label = _features(builder)
-    records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-    number = _names(data_config, split)
-
-    def name(index: int) -> str:
-        file = records[index].get("file_name")  # ImageNet and converted folders keep it
-        return number(index) + (f" ({file.decode('utf-8', 'replace')})" if isinstance(file, bytes) else "")
-
+    info = _split_info(builder, split)
+    features = _features(builder)
     source = ArrayRecords(
-        records,
-        image=image,
-        label=label,
-        classes=builder.info.features[label].names,
-        name=name,
+        builder.as_data_source(split, decoders={features[0]: tfds.decode.SkipDecoding()}),
+        features,
+        classes=builder.info.features[features[1]].names,
+        name=_names(data_config, split),
         max_pixels=data_config.max_pixels,
     )
+    _open_files(data_config, info.file_instructions, source)
     _check_labels(data_config, split, source.raw(np.arange(1))[1])  # a split without labels has none at all
     return source
+
+
+def _open_files(data_config, instructions: Sequence, source: ArrayRecords) -> None:
+    """Open all files of a split; they stay open, as TFDS has it. Errors: UserError."""
+    from array_record.python import array_record_module
+
+    _allow_open_files(len(instructions))
+
+    def touch(instruction, first: int) -> None:
+        if not any(source.raw(np.array([first]))[0]):  # this record is damaged, or the whole file
+            try:
+                array_record_module.ArrayRecordReader(instruction.filename).close()
+            except RuntimeError as error:
+                raise _damaged(data_config, error, Path(instruction.filename).name) from error
+
+    ends = np.cumsum([instruction.take for instruction in instructions])
+    list(encoded.pool().map(touch, instructions, [0, *ends[:-1]]))
+
+
+def _allow_open_files(count: int) -> None:
+    """Let this process have `count` more files open, as far as it may: often they are 1024, as many as ImageNet has."""
+    import resource  # Unix has it, and array_record is for Unix
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        raised = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
 
 
 def _names(data_config, split: str) -> Callable[[int], str]:
@@ -210,8 +248,8 @@ def _split_info(builder, split: str):
     return info
 
 
-def _features(builder) -> tuple[str, str]:
-    """Return the names of the image and of the label."""
+def _features(builder) -> tuple[str, str, str | None]:
+    """Return the names of the image, of the label and of the file's name, None where there is none."""
     features = builder.info.features
     kinds = {name: type(features[name]).__name__ for name in features}
     images = [name for name, kind in kinds.items() if kind == "Image"]
@@ -225,7 +263,7 @@ def _features(builder) -> tuple[str, str]:
             f"data.name (tfds:{builder.info.name}) must have one image and one class label; it has "
             + ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         )
-    return chosen[0], chosen[1]
+    return chosen[0], chosen[1], next((name for name in _FILES if kinds.get(name) == "Text"), None)
 
 
 def _fits_in_memory(data_config, builder, split: str) -> None:
@@ -240,9 +278,10 @@ def _fits_in_memory(data_config, builder, split: str) -> None:
         )
 
 
-def _damaged(data_config, error: Exception) -> errors.UserError:
+def _damaged(data_config, error: Exception, file: str = "") -> errors.UserError:
+    cause = f"{file} can't be opened ({_first_line(error)})" if file else _first_line(error)
     return errors.UserError(
-        f"data.name ({data_config.name}) in {_where(data_config)} is incomplete or damaged: {_first_line(error)}"
+        f"data.name ({data_config.name}) in {_where(data_config)} is incomplete or damaged: {cause}"
     )
 
 
