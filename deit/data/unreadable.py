@@ -50,8 +50,8 @@ class Unreadable:
         if count > allowed:
             raise errors.UserError(
                 f"data.max_bad_fraction ({config.data.max_bad_fraction}) allows {allowed:.0f} unreadable images by "
-                f"update {step}, there were {count:.0f} (a file counts each time it is met). Met since this start of the "
-                f"run: {listed(list(self.names)) or 'none; the log of an earlier start names them'}"
+                f"update {step}, there were {count:.0f} (a file counts each time it is met). Met since this start of "
+                f"the run: {listed(list(self.names)) or 'none; the log of an earlier start names them'}"
             )
 
 
