@@ -1,5 +1,6 @@
 """The loop's parts and the loop itself, in this process: slices of replicas, guards, what a run shows."""
 
+import functools
 import json
 import logging
 import types
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from configs import base
 from deit import checkpoint, errors, loop, rules, summaries, train_step
 from deit import config as configuration
-from deit.data import sources, stream
+from deit.data import mixing, sources, stream
 
 BATCH, TRAIN_SIZE = 32, 1347  # three quarters of the 1797 digits
 
@@ -29,9 +30,9 @@ def make_config(**changes):
     return c
 
 
-def collect(strategy, *, start, count):
+def collect(strategy, *, start, count, **changes):
     """Return the first batches of the distributed stream, each as a list of its replicas' parts in NumPy."""
-    config = make_config()
+    config = make_config(**changes)
     source = sources.open_source(config.data, "train")
     resolved = configuration.resolve(
         config,
@@ -49,15 +50,53 @@ def collect(strategy, *, start, count):
     return batches
 
 
-def test_each_replica_gets_its_contiguous_slice_of_every_batch():
-    whole, split = collect(devices.one_device(), start=3, count=3), collect(devices.two_cpus(), start=3, count=3)
-    for k, ([batch], replicas) in enumerate(zip(whole, split, strict=True)):
+EVERYTHING = {
+    "augment.crop": "random_resized",
+    "augment.randaugment": "rand-m9-mstd0.5-inc1",
+    "augment.erasing": 0.25,
+    "augment.mixup": 0.8,
+    "augment.cutmix": 1.0,
+    "augment.mix_group": 8,  # two groups a replica
+    "augment.repeats": 3,
+}
+
+
+@functools.cache
+def collected(everything):
+    """Return updates 3 to 5, with every augmentation on or none but crop and flip: one device's, two replicas'."""
+    changes = EVERYTHING if everything else {}
+    return [collect(strategy, start=3, count=3, **changes) for strategy in (devices.one_device(), devices.two_cpus())]
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["crop and flip", "every augmentation on"])
+def test_each_replica_gets_its_contiguous_slice_of_every_batch(everything):
+    names = {"image", "label", "weight", "position", "drop"}
+    names |= {"mix_lambda", "mix_partner", "mix_box"} if everything else set()
+    for k, ([batch], replicas) in enumerate(zip(*collected(everything), strict=True)):
         first = (3 + k) * BATCH
         np.testing.assert_array_equal(batch["position"], np.arange(first, first + BATCH))
         for r, part in enumerate(replicas):
             np.testing.assert_array_equal(part["position"], first + r * BATCH // 2 + np.arange(BATCH // 2))
-        for name in ("image", "label", "weight", "drop"):
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in replicas]), batch[name])
+            assert part.keys() == batch.keys() == names
+        for name in names:
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in replicas]), batch[name], name)
+
+
+def test_replicas_mix_their_slices_into_the_pictures_and_labels_of_one_device():
+    for [batch], replicas in zip(*collected(True), strict=True):
+        pictures, targets = mixed(batch, BATCH)
+        assert (pictures != batch["image"]).any((1, 2, 3)).sum() >= BATCH / 2, "most groups are mixed"
+        parts = [mixed(part, 4) for part in replicas]
+        np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), pictures)
+        np.testing.assert_array_equal(np.concatenate([part for _, part in parts]), targets)
+
+
+def mixed(batch, micro):
+    """Return a replica's pictures and labels as its step sees them, in micro-batches."""
+    tensors = {name: tf.constant(value) for name, value in batch.items()}
+    starts = range(0, len(batch["label"]), micro)
+    pictures = [mixing.images(tensors, start, micro) for start in starts]
+    return np.concatenate(pictures), np.concatenate([mixing.targets(tensors, start, micro, 10) for start in starts])
 
 
 def vector(**values):

@@ -1,6 +1,6 @@
 """Killed with -9 anywhere, started again by the same command: the same bits and the same log as undisturbed.
 
-A start costs most of the time here, so each covers as much as it can: saving goes on beside the updates, and a kill
+Every augmentation is on. A start costs most of the time here, so each covers as much as it can: saving goes on beside the updates, and a kill
 while something is saved is a kill in the middle of an update, too.
 """
 
@@ -24,6 +24,13 @@ FLAGS = [
     "--config.checkpoint.every_updates=2",
     "--config.eval.every_updates=3",
     "--config.model.drop_path=0.2",
+    "--config.augment.crop=random_resized",
+    "--config.augment.randaugment=rand-m9-mstd0.5-inc1",
+    "--config.augment.erasing=0.25",
+    "--config.augment.mixup=0.8",
+    "--config.augment.cutmix=1.0",
+    "--config.augment.mix_group=8",
+    "--config.augment.repeats=3",
     "--config.teacher.train.total_updates=6",
     "--config.teacher.train.checkpoint.every_updates=2",
     "--config.teacher.train.log.every_updates=1",

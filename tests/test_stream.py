@@ -141,14 +141,6 @@ def test_thread_counts_change_no_byte():
             assert_equal(got, expected)
 
 
-def test_micro_batch_is_nothing_that_the_stream_knows():
-    for got, expected in zip(
-        collect(2, config=everything_on(micro_batch=2), size=24),
-        collect(2, config=everything_on(micro_batch=24), size=24),
-    ):
-        assert_equal(got, expected)
-
-
 @pytest.mark.parametrize(("repeats", "n"), [(3, 12), (3, 11), (5, 12), (2, 7)])
 def test_repeats_show_n_over_r_examples_r_times_an_epoch_and_one_the_rest(repeats, n):
     positions = tf.range(4 * n, dtype=tf.int64)

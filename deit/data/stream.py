@@ -19,8 +19,9 @@ from deit.data import augment, mixing, sources, views
 _AUGMENT = 1
 _DROP_PATH = 2
 
-# Raised whenever a draw or a split changes: a run begun under another number is not continued, because its next
-# batches would not be those it would have seen. 1: until 0.1.0.
+# Raised with a change of draws, splits or of which pixels an operation makes beyond rounding: a run begun under another
+# number is not continued, because its next batches would not be those it would have seen. tests/test_draws_recorded.py
+# holds draws of this version. 1: until 0.1.0.
 VERSION = 2
 
 _SHUFFLE_WORD = 498247692  # TensorFlow's constant in index_shuffle, tested to be that

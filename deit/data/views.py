@@ -13,6 +13,7 @@ from deit import rules
 from deit.data import augment, decode, randaugment
 
 _THREE = ("grey", f"solarize {augment.SOLARIZE}", "blur")
+_JITTER = ("brightness", "contrast", "saturation")
 
 
 def training(config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
@@ -57,7 +58,7 @@ def describe(config, seed: tf.Tensor) -> list[str]:
         words.append(_THREE[choice] + (f" {float(augment.blur_radius(seed)):.1f} px" if choice == 2 else ""))
     if c.jitter:
         factors = augment.jitter_factors(seed, strength=c.jitter).numpy()
-        words.append("jitter " + " ".join(f"{factor:.2f}" for factor in factors))
+        words += [f"{_JITTER[i]} {factors[i]:.2f}" for i in augment.jitter_order(seed).numpy()]
     if c.erasing:
         _, _, height, width = augment.erase_box(size, size, seed, probability=c.erasing).numpy()
         words += [f"erase {width}x{height}"] if height else []
