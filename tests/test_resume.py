@@ -1,7 +1,7 @@
 """Killed with -9 anywhere, started again by the same command: the same bits and the same log as undisturbed.
 
-Every augmentation is on. A start costs most of the time here, so each covers as much as it can: saving goes on beside the updates, and a kill
-while something is saved is a kill in the middle of an update, too.
+A start costs most of the time here, so each covers as much as it can: every augmentation is on; saving goes on beside
+the updates, and a kill while something is saved is a kill in the middle of an update, too.
 """
 
 import json
