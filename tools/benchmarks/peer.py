@@ -8,10 +8,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
+import signal
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,8 @@ def compare(
             batches = _floats(iter(stack.enter_context(loader)), config.micro_batch)
             kinds[f"pillow_{style}"] = (functools.partial(iter, batches), group)  # goes on in every round
         for name, style in _TIMM.items() if timm_python else ():
-            batches = stack.enter_context(timm_loader(timm_python, encoded, labels, recipe, style, config.global_batch))
-            kinds[name] = (functools.partial(iter, batches), config.global_batch)
+            turn = stack.enter_context(timm_loader(timm_python, encoded, labels, recipe, style, config.global_batch))
+            kinds[name] = (turn, config.global_batch)
         found = data.alternating(kinds, images=images, rounds=rounds, warm_up=warm_up)
     rates = {name: [rate for rate, _ in timings] for name, timings in found.items()}
     medians = {name: statistics.median(each) for name, each in rates.items()}
@@ -146,8 +148,12 @@ def _floats(batches: Iterator, micro: int) -> Iterator[np.ndarray]:
 @contextlib.contextmanager
 def timm_loader(
     python: str, encoded: Sequence[bytes], labels: np.ndarray, recipe: pillow_recipe.Recipe, style: str, batch: int
-) -> Iterator[Iterator[None]]:
-    """Run timm_loader.py under `python`; the iterator gives one item a batch. Errors: UserError where it ends."""
+) -> Iterator[Callable[[], Iterator[None]]]:
+    """Run timm_loader.py under `python`; what is given makes iterators, an item a batch, that end a turn by closing.
+
+    Between its turns the loader stands still, or its workers would fill their queues in the turn of another.
+    Errors: UserError where it ends.
+    """
     with tempfile.TemporaryDirectory(prefix="timm-loader-") as folder:
         images = Path(folder) / "images.npz"
         ends = np.cumsum([len(each) for each in encoded])
@@ -157,24 +163,42 @@ def timm_loader(
         command = [python, script, json.dumps(timm_settings(recipe, style, batch)), str(images)]
         with open(log, "w") as errors_of_it:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors_of_it, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors_of_it,
+                text=True,
+                start_new_session=True,  # its workers get the signals, too
             )
 
-        def batches():
-            while True:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write("next\n")
-                    process.stdin.flush()
-                if not process.stdout.readline():
-                    last = (log.read_text().strip().splitlines() or ["no message"])[-1]
-                    raise errors.UserError(f"--timm_python ({python}): timm's loader has ended: {last}")
-                yield
+        def ask() -> None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write("next\n")
+                process.stdin.flush()
+            if not process.stdout.readline():
+                last = (log.read_text().strip().splitlines() or ["no message"])[-1]
+                raise errors.UserError(f"--timm_python ({python}): timm's loader has ended: {last}")
+
+        def turn() -> Iterator[None]:
+            _signal(process, signal.SIGCONT)
+            try:
+                while True:
+                    yield ask()
+            finally:
+                _signal(process, signal.SIGSTOP)
 
         try:
-            yield batches()
+            ask()  # the start is nobody's turn
+            _signal(process, signal.SIGSTOP)
+            yield turn
         finally:
-            process.kill()
+            _signal(process, signal.SIGKILL)
             process.communicate()
+
+
+def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def timm_settings(recipe: pillow_recipe.Recipe, style: str, batch: int) -> dict[str, Any]:
