@@ -103,9 +103,10 @@ def test_sixteen_bits_a_channel_keep_the_upper_eight():
     assert difference(whole(data), Image.fromarray(expected).resize((SIZE, SIZE), Image.BICUBIC)).max() <= 2
 
 
-def test_only_what_tensorflow_cannot_decode_is_touched():
+def test_only_what_tensorflow_cannot_decode_well_is_touched():
     touched = {name for name, data in FILES.items() if read(data) != data}
-    assert touched == {name for name in FILES if name.startswith("webp")} | {"bmp grey", "bmp palette", "bmp one bit"}
+    wanted = {name for name in FILES if name.startswith(("webp", "gif"))} | {"bmp grey", "bmp palette", "bmp one bit"}
+    assert touched == wanted
     assert all(source(data).raw(np.arange(1))[0] == [data] for data in FILES.values())
 
 
@@ -148,12 +149,19 @@ def test_a_gif_whose_frame_is_only_a_part_of_the_picture_has_the_size_of_the_pic
     assert expected.size == (50, 40) and difference(decode.decode(tf.constant(read(data))), expected).max() == 0
 
 
-def test_a_gif_without_a_frame_is_no_bytes_wherever_it_is_cut():
+def test_a_later_frame_of_a_gif_is_never_decoded_however_large_it_says_it_is():
+    data = bytearray(FILES["gif animated"])
+    later = data.index(b",\0\0\0\0", data.index(b",\0\0\0\0") + 1)
+    data[later + 5 : later + 9] = b"\xff" * 4  # 65,535 x 65,535 px
+    expected = Image.open(io.BytesIO(FILES["gif animated"])).convert("RGB")
+    assert difference(decode.decode(tf.constant(read(bytes(data), max_pixels=W * H))), expected).max() == 0
+
+
+def test_a_gif_is_no_bytes_wherever_it_is_cut():
     data = sparse_gif((30, 20), (30, 20))
-    assert read(data) == data
-    # Behind the first frame's descriptor it is TensorFlow that refuses.
+    assert decode.decode(tf.constant(read(data))).shape == (20, 30, 3)
     start = data.index(b"in front of the frame")
-    assert [read(data[:keep]) for keep in (12, 14, start, start + 500)] == [b""] * 4
+    assert [read(data[:keep]) for keep in (12, 14, start, start + 500, len(data) - 20)] == [b""] * 5
 
 
 def test_a_webp_is_known_by_its_content_in_a_folder(tmp_path):

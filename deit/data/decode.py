@@ -1,9 +1,9 @@
 """Encoded bytes to pixels: uint8 RGB, as Pillow decodes them; the size is known before anything is decoded.
 
 Promises: JPEG with the accurate inverse transform, so that a pixel is Pillow's; an image of more than `max_pixels` is
-refused on its header alone (a file of 100 kB can ask for gigabytes; a GIF's header can lie, so the sources hand on only
-those that tell the truth, see transcode.py). Errors come as InvalidArgumentError while the
-graph runs: the stream turns them into a placeholder.
+refused on its header alone (a file of 100 kB can ask for gigabytes; a GIF's header can lie, so the sources hand on
+none, see transcode.py). Errors come as InvalidArgumentError while the graph runs: the stream turns them into a
+placeholder.
 """
 
 from collections.abc import Callable

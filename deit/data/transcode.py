@@ -1,9 +1,9 @@
 """Pictures that TensorFlow 2.15 cannot decode, or decodes wrongly, become plain BMP through Pillow when they are read.
 
-Those are WebP, BMP with a palette (TensorFlow shows its indices) or packed pixels, and GIF whose first frame is not the
-whole picture (TensorFlow allocates the frame, whatever the header says). Promises: the size is taken from the header
-before anything is decoded or allocated for it; what is too large or broken becomes b"", which the stream counts as
-unreadable. Alpha is dropped and of an animation the first frame taken, as the other decoders do.
+Those are WebP, BMP with a palette (TensorFlow shows its indices) or packed pixels, and GIF (TensorFlow decodes every
+frame, each as large as it says itself, whatever the header says). Promises: the size is taken from the header before
+anything is decoded or allocated for it; what is too large or broken becomes b"", which the stream counts as unreadable.
+Alpha is dropped and of an animation the first frame taken, as the other decoders do.
 """
 
 import io
@@ -13,7 +13,7 @@ _HEADER = 34  # bytes, enough for the sizes of both
 
 def needed(data: bytes) -> bool:
     """Tell by the content, not the name: many a .jpg from the web is a WebP."""
-    return is_webp(data) or (data[:2] == b"BM" and not _plain_bmp(data)) or (_is_gif(data) and not _plain_gif(data))
+    return is_webp(data) or (data[:2] == b"BM" and not _plain_bmp(data)) or _is_gif(data)
 
 
 def is_webp(data: bytes) -> bool:
@@ -85,22 +85,12 @@ def _is_gif(data: bytes) -> bool:
     return data[:4] == b"GIF8"
 
 
-def _plain_gif(data: bytes) -> bool:
-    """Tell whether the first frame is the whole picture."""
-    return _gif_frame(data) == (0, 0, *_gif_screen(data))
-
-
 def _gif_size(data: bytes) -> tuple[int, int] | None:
     """Return the extent of the screen and the first frame together, which is what Pillow makes."""
     if (frame := _gif_frame(data)) is None:
         return None
     left, top, width, height = frame
-    screen = _gif_screen(data)
-    return max(left + width, screen[0]), max(top + height, screen[1])
-
-
-def _gif_screen(data: bytes) -> tuple[int, int]:
-    return _number(data, 6, 2), _number(data, 8, 2)
+    return max(left + width, _number(data, 6, 2)), max(top + height, _number(data, 8, 2))
 
 
 def _gif_frame(data: bytes) -> tuple[int, int, int, int] | None:
