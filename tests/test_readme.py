@@ -71,6 +71,7 @@ def recorded(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted({c for c in commands() if "main.py --config" in c}))
 def test_a_training_command_of_the_readme_plans(command, recorded):
     script, *flags = shlex.split(command)[1:]
@@ -80,6 +81,7 @@ def test_a_training_command_of_the_readme_plans(command, recorded):
     assert "global_batch" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if "tools/" in c or "--mode=eval" in c])
 def test_a_tool_of_the_readme_knows_its_flags(command):
     script, *flags = shlex.split(command)[1:]
