@@ -157,6 +157,13 @@ def test_a_later_frame_of_a_gif_is_never_decoded_however_large_it_says_it_is():
     assert difference(decode.decode(tf.constant(read(bytes(data), max_pixels=W * H))), expected).max() == 0
 
 
+def test_a_gif_that_hides_another_size_in_an_extension_without_blocks_is_refused():
+    large = sparse_gif((1, 1), (300, 200))
+    start = 13 + (3 << ((large[10] & 7) + 1))
+    hidden = b"!\xf9\0" + b"\x0a," + (b"\0" * 4 + b"\1\0\1\0\0") + b"\0"
+    assert read(large[:start] + hidden + large[start:], max_pixels=100) == b""
+
+
 def test_a_gif_is_no_bytes_wherever_it_is_cut():
     data = sparse_gif((30, 20), (30, 20))
     assert decode.decode(tf.constant(read(data))).shape == (20, 30, 3)

@@ -13,6 +13,7 @@ python tools/benchmark.py data --peer [--config=FILE] [--recipe=config] [--image
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,6 +103,8 @@ def _data() -> tuple[dict, list[str]]:
         config, said = update.copy_of(config, data.CROP_FLIP), ["random resized crop and flip alone"]
     if PEER.value:
         timm_python = TIMM_PYTHON.value
+        if timm_python and not shutil.which(timm_python):
+            raise errors.UserError(f"--timm_python ({timm_python}) must be a program that can be run")
         result = peer.compare(config, source, images=IMAGES.value, rounds=ROUNDS.value, timm_python=timm_python)
         said += peer.lines(result)
     else:

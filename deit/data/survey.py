@@ -86,9 +86,10 @@ def examine(data: bytes, *, max_pixels: int) -> Seen:
     digest = hashlib.sha256(data).digest()
     if not data:
         return Seen(digest, "the file is empty or can't be read")
-    extent = transcode.size(data) if transcode.is_webp(data) else None
+    kind = ("WEBP", "RGB") if transcode.is_webp(data) else ("GIF", "P") if data[:4] == b"GIF8" else None
+    extent = transcode.size(data) if kind else None
     if extent and extent[0] * extent[1] > max_pixels:  # Pillow would allocate its canvas to open it
-        return Seen(digest, _too_large(*extent), *extent, ("WEBP", "RGB"))
+        return Seen(digest, _too_large(*extent), *extent, kind)
     try:
         with _open(data) as image:
             facts = *image.size, (image.format, image.mode)  # taken now: a decoder may change the mode

@@ -38,6 +38,8 @@ def to_bmp(data: bytes, *, max_pixels: int | None) -> bytes:
         return b""
     try:
         with open_image(data) as image:
+            if image.size != extent:  # a header made to be read in two ways
+                return b""
             out = io.BytesIO()
             image.convert("RGB").save(out, "BMP")
             return out.getvalue()
@@ -99,6 +101,8 @@ def _gif_frame(data: bytes) -> tuple[int, int, int, int] | None:
     place = 13 + table
     while data[place : place + 1] == b"!":  # an extension: its label and blocks, each with its length in front
         place += 2
+        if data[place : place + 1] == b"\0":  # Pillow reads on beyond an extension without blocks
+            return None
         while place < len(data) and data[place]:
             place += 1 + data[place]
         place += 1

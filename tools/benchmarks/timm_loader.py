@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 _PASSES = 100  # passes over the images in one epoch, so that no worker pauses at the end of one
-_CLASSES = 5
 
 
 class Encoded(torch.utils.data.Dataset):
@@ -28,6 +27,9 @@ class Encoded(torch.utils.data.Dataset):
     def __init__(self, path: str):
         with np.load(path, allow_pickle=False) as stored:
             self._data, self._ends, self._labels = (stored[name] for name in ("encoded", "ends", "labels"))
+
+    def classes(self) -> int:
+        return int(self._labels.max()) + 1
 
     def __len__(self) -> int:
         return len(self._ends) * _PASSES
@@ -41,9 +43,10 @@ class Encoded(torch.utils.data.Dataset):
 def batches(settings: dict, path: str):
     """Yield the batches of the loader that the settings describe."""
     prefetcher = settings["style"] == "timm"
-    mixing = dict(settings["mixing"], num_classes=_CLASSES) if settings["mixing"] else None
+    dataset = Encoded(path)
+    mixing = dict(settings["mixing"], num_classes=dataset.classes()) if settings["mixing"] else None
     loader = timm.data.create_loader(
-        Encoded(path),
+        dataset,
         is_training=True,
         use_prefetcher=prefetcher,
         collate_fn=timm.data.FastCollateMixup(**mixing) if mixing and prefetcher else None,
