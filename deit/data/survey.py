@@ -86,7 +86,7 @@ def examine(data: bytes, *, max_pixels: int) -> Seen:
     digest = hashlib.sha256(data).digest()
     if not data:
         return Seen(digest, "the file is empty or can't be read")
-    kind = ("WEBP", "RGB") if transcode.is_webp(data) else ("GIF", "P") if data[:4] == b"GIF8" else None
+    kind = ("WEBP", "RGB") if transcode.is_webp(data) else ("GIF", "P") if transcode.is_gif(data) else None
     extent = transcode.size(data) if kind else None
     if extent and extent[0] * extent[1] > max_pixels:  # Pillow would allocate its canvas to open it
         return Seen(digest, _too_large(*extent), *extent, kind)

@@ -13,7 +13,7 @@ _HEADER = 34  # bytes, enough for the sizes of both
 
 def needed(data: bytes) -> bool:
     """Tell by the content, not the name: many a .jpg from the web is a WebP."""
-    return is_webp(data) or (data[:2] == b"BM" and not _plain_bmp(data)) or _is_gif(data)
+    return is_webp(data) or (data[:2] == b"BM" and not _plain_bmp(data)) or is_gif(data)
 
 
 def is_webp(data: bytes) -> bool:
@@ -25,7 +25,7 @@ def size(data: bytes) -> tuple[int, int] | None:
     """Return (width, height) in px from the header of a WebP, BMP or GIF, or None where it is cut short."""
     if len(data) < _HEADER:
         return None
-    if _is_gif(data):
+    if is_gif(data):
         return _gif_size(data)
     return _webp_size(data) if is_webp(data) else _bmp_size(data)
 
@@ -52,7 +52,7 @@ def open_image(data: bytes):
     from PIL import BmpImagePlugin, GifImagePlugin, WebPImagePlugin
 
     # The plugins themselves, not Image.open: that has a limit of pixels of its own, which data.max_pixels replaces.
-    if _is_gif(data):
+    if is_gif(data):
         return GifImagePlugin.GifImageFile(io.BytesIO(data))
     plugin = WebPImagePlugin.WebPImageFile if is_webp(data) else BmpImagePlugin.BmpImageFile
     return plugin(io.BytesIO(data))
@@ -83,7 +83,8 @@ def _plain_bmp(data: bytes) -> bool:
     return _number(data, 14, 4) != 12 and _number(data, 28, 2) in (24, 32) and _number(data, 30, 4) == 0
 
 
-def _is_gif(data: bytes) -> bool:
+def is_gif(data: bytes) -> bool:
+    """Tell whether this is a GIF, from its first 4 bytes."""
     return data[:4] == b"GIF8"
 
 
