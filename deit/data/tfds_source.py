@@ -3,7 +3,7 @@
 Promises: a set that is prepared is opened from its files alone (no network, no code of the set); array_record
 files are read by index where they are, tfrecord files are held in memory as encoded bytes, and refused with the
 command that converts them where they do not fit `data.max_ram_bytes`. The order is TFDS's own for both. A file that
-cannot be opened is refused at the start; a record that is damaged costs nothing but itself.
+cannot be opened is refused at the start; damage within one costs only the records that it touches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
