@@ -91,14 +91,28 @@ def get_config() -> ConfigDict:
     c.distill.weighting = "convex"  # convex ((1 - alpha), alpha) | sum (1, alpha): timm's is sum with alpha 1
 
     c.teacher = ConfigDict()
-    c.teacher.kind = "none"  # none | saved_model | keras_application | run | train
-    c.teacher.path = ""  # saved_model: directory, zip or URL; run: a run directory
-    c.teacher.sha256 = ""  # saved_model as zip or URL: refuse another content
+    c.teacher.kind = "none"  # none | saved_model | keras_application | run | train | ensemble
+    # saved_model: directory (TF-Hub's too), zip, tar or tar.gz of one, or the URL of such a file; run: a run directory
+    c.teacher.path = ""
+    c.teacher.sha256 = ""  # saved_model as archive or URL: refuse another content
     c.teacher.image_size = 0  # px the teacher wants, for saved_model and keras_application; 0 = the student's
+    c.teacher.range = (0.0, 255.0)  # saved_model: what [0, 255] is scaled to before mean and std; TF-Hub: (0.0, 1.0)
+    c.teacher.mean = (0.0, 0.0, 0.0)  # saved_model: then subtracted, one a channel
+    c.teacher.std = (1.0, 1.0, 1.0)  # saved_model: then divided by
+    c.teacher.class_names = ""  # saved_model, keras_application: file of names, one a line, in the logits' order
+    c.teacher.background = False  # saved_model: its first logit is no class (TF-Hub's "background")
     c.teacher.name = "ResNet50"  # keras_application: a classifier of tf_keras.applications
     c.teacher.weights = "imagenet"  # keras_application: imagenet | path of a Keras weights file with the data's classes
-    c.teacher.batch = 64  # images per teacher pass
+    # ensemble: KIND:PATH (saved_model, run) or keras_application:NAME each, then FIELD=VALUE of teacher.* after spaces
+    c.teacher.members = ()  # ("run:runs/a", "saved_model:hub/b image_size=299 range=(0,1)"): probabilities are averaged
+    c.teacher.batch = 64  # images per teacher pass, whatever micro_batch is
+    c.teacher.precision = ""  # "" (the student's) | float32 | mixed_bfloat16 | mixed_float16
     c.teacher.min_accuracy = 0.0  # refuse to train below this top-1 on the evaluation split, 0 to 1
+    c.teacher.top_k = 0  # soft: logits the student learns from, the remaining probability spread evenly; 0 = all
+    c.teacher.logits_dtype = "float32"  # soft: float32 | float16, what the logits are rounded to, cached or not
+    c.teacher.cache = "off"  # off | read (what lacks is computed) | write (all is computed) | readwrite
+    c.teacher.cache_dir = ""  # where its answers are kept, for every run that reads the same stream
+    c.teacher.allow_ties = False  # take answers made with another teacher.batch, precision or device, bitwise or not
     c.teacher.train = ConfigDict()  # kind=train: a whole config; main.py trains it first into <workdir>/teacher
 
     c.checkpoint = ConfigDict()

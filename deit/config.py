@@ -182,6 +182,8 @@ _FREE = (
     "data.num_classes",
     "teacher.batch",
     "teacher.min_accuracy",
+    "teacher.cache",  # and cache_dir
+    "teacher.allow_ties",
     "checkpoint.",
     "eval.every_updates",
     "eval.batch",

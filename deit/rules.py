@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from deit import config as configuration
-from deit import errors
+from deit import errors, members
 
 MAX_LEVEL = 10.0  # timm's scale of RandAugment magnitudes
 
@@ -45,6 +45,13 @@ def randaugment_policy(text: str) -> Policy:
     if max(policy.magnitude, policy.std) > MAX_LEVEL or not 1 <= policy.num_ops <= 15:
         raise ValueError("m and mstd must be at most 10 and n between 1 and 15")
     return policy
+
+
+def _of_teacher(config: Any, teacher: ConfigDict) -> ConfigDict:
+    """Return a copy of a configuration with another teacher."""
+    copied = ConfigDict(configuration.plain(config), convert_dict=True)
+    copied.teacher = teacher
+    return copied
 
 
 def validate(config: ConfigDict, prefix: str = "") -> None:
@@ -177,10 +184,20 @@ _RULES: dict[str, _Rule] = {
     "distill.form": _one_of("kl", "ce"),
     "distill.reduction": _one_of("batch", "batch_classes"),
     "distill.weighting": _one_of("convex", "sum"),
-    "teacher.kind": _one_of("none", "saved_model", "keras_application", "run", "train"),
+    "teacher.kind": _one_of("none", "saved_model", "keras_application", "run", "train", "ensemble"),
     "teacher.image_size": _at_least(0),
+    "teacher.range": ((lambda v: _numbers(v, 2) and v[0] < v[1]), "two numbers, low < high"),
+    "teacher.mean": _THREE,
+    "teacher.std": _THREE_POSITIVE,
     "teacher.batch": _at_least(1),
+    "teacher.precision": (
+        (lambda value: value in ("", "float32", "mixed_bfloat16", "mixed_float16")),
+        "one of float32, mixed_bfloat16, mixed_float16, or empty (the student's)",
+    ),
     "teacher.min_accuracy": _FRACTION,
+    "teacher.top_k": _at_least(0),
+    "teacher.logits_dtype": _one_of("float32", "float16"),
+    "teacher.cache": _one_of("off", "read", "write", "readwrite"),
     "checkpoint.every_updates": _at_least(0),
     "checkpoint.keep": _at_least(1),
     "eval.every_updates": _at_least(0),
@@ -219,6 +236,34 @@ def _teacher_fits(config) -> str | None:
     return None
 
 
+def _members_fit(config) -> str | None:
+    teacher = config.teacher
+    if teacher.kind != "ensemble":
+        given = f"teacher.members ({teacher.members}) must be empty unless teacher.kind is 'ensemble'"
+        return given if teacher.members else None
+    if len(teacher.members) < 2:
+        return f"teacher.members ({teacher.members}) must name two teachers or more"
+    try:
+        for member in members.parse(teacher):
+            validate(_of_teacher(config, member))
+    except (ValueError, errors.UserError) as error:
+        return f"teacher.members: {error}"
+    return None
+
+
+def _cache_fits(config) -> str | None:
+    teacher = config.teacher
+    if teacher.cache != "off" and not teacher.cache_dir:
+        return f"teacher.cache_dir ('') must be given where teacher.cache is {teacher.cache!r}"
+    if teacher.cache != "off" and config.distill.kind == "none":
+        return f"teacher.cache ({teacher.cache!r}) must be off where distill.kind is 'none': nothing asks the teacher"
+    if config.distill.kind == "hard" and teacher.top_k:
+        return f"teacher.top_k ({teacher.top_k}) must be 0 where distill.kind is 'hard': only the class is kept"
+    if config.distill.kind == "hard" and teacher.logits_dtype != "float32":
+        return f"teacher.logits_dtype ({teacher.logits_dtype!r}) must be float32 where distill.kind is 'hard'"
+    return None
+
+
 def _sha_is_hex(config) -> str | None:
     sha = config.teacher.sha256
     if sha and (len(sha) != 64 or set(sha.lower()) - set("0123456789abcdef")):
@@ -226,4 +271,4 @@ def _sha_is_hex(config) -> str | None:
     return None
 
 
-_RELATIONS = (_batch_divides, _augmentations_fit, _teacher_fits, _sha_is_hex)
+_RELATIONS = (_batch_divides, _augmentations_fit, _teacher_fits, _members_fit, _cache_fits, _sha_is_hex)
