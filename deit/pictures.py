@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard and files, uint8 [H, W, 3]: a sheet of training views, a confusion matrix.
+"""Pictures for TensorBoard and files, uint8 [H, W, 3]: training views, a confusion matrix, a reliability diagram.
 
 Figure objects without pyplot: no global state, no display, no picture left open over a long run.
 """
@@ -15,6 +15,10 @@ MAX_LINES = 3
 MAX_NUMBERS = 20  # classes up to which a cell shows its count
 MAX_NAMES = 60  # classes up to which the axes show their names
 DPI = 100
+BAR, GAP = (
+    (76, 120, 168),
+    (228, 87, 86),
+)  # RGB of the reliability diagram's bars and of their distance from the confidence
 
 
 def sheet(rows: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]]) -> np.ndarray:
@@ -54,6 +58,33 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
             colour = "white" if shares[row, column] > 0.5 else "black"
             text = str(int(matrix[row, column]))
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    return _drawn(figure)
+
+
+def reliability(calibration: np.ndarray, ece: float) -> np.ndarray:
+    """Draw accuracy against confidence by bin, and how many images each has; `ece`: a fraction, for the title.
+
+    `calibration` [bins, 3]: count, accuracy, mean confidence of bins of equal width over 0 to 1. The distance from the
+    top of a bar to the mean confidence of its bin, a line that ends on the diagonal, is what the error averages.
+    """
+    count, accuracy, confidence = calibration[calibration[:, 0] > 0].T
+    width = 1 / len(calibration)
+    left = np.flatnonzero(calibration[:, 0]) * width
+    bar, gap = (tuple(value / 255 for value in colour) for colour in (BAR, GAP))
+    figure = Figure(figsize=(5.2, 6.2), dpi=DPI, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
+    above.bar(left, accuracy, width, align="edge", color=bar, edgecolor="white", label="accuracy")
+    above.plot([0, 1], [0, 1], "--", color="0.35", linewidth=1, label="perfect calibration")
+    above.vlines(confidence, accuracy, confidence, color=gap, linewidth=2.5)
+    above.plot(confidence, confidence, "o", color=gap, markersize=5, label="mean confidence", clip_on=False)
+    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)  # inside it would hide bars
+    total = int(count.sum())
+    figure.suptitle(f"expected calibration error {ece:.4f}, {total:,} images" if total else "no images", fontsize=11)
+    below.bar(left, count, width, align="edge", color="0.75", edgecolor="white")
+    below.set(xlabel="confidence", ylabel="images")
+    below.yaxis.set_major_formatter("{x:,.0f}")
+    below.locator_params(axis="y", integer=True, nbins=3)
     return _drawn(figure)
 
 

@@ -37,7 +37,7 @@ def test_every_flag_file_and_section_that_the_page_names_exists():
 def test_every_flag_of_the_tool_is_one_it_has():
     source = (ROOT / "tools" / "prepare_data.py").read_text(encoding="utf-8")
     commands = [c for block in BLOCKS for c in block.replace("\\\n", " ").splitlines() if "prepare_data.py" in c]
-    assert {shlex.split(command)[2] for command in commands} == {"check", "convert", "prepare"}
+    assert {shlex.split(command)[2] for command in commands} == {"check", "convert", "prepare", "digest"}
     for word in (word for command in commands for word in shlex.split(command)[3:]):
         assert word.startswith("--config.") or f'"{word[2:].partition("=")[0]}"' in source
 

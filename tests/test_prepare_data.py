@@ -357,7 +357,7 @@ def test_a_name_that_tfds_would_refuse_is_refused_before_anything_is_read(name, 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ([], "check|convert|prepare"),
+        ([], "check|convert|prepare|digest"),
         (["convert", "--config.data.name=digits"], "--out must be given"),
         (["prepare", "--config.data.name=digits"], "tfds:NAME"),
         (["prepare", "--config.data.name=tfds:imagenet2012", "--manual_dir=nowhere"], "--manual_dir (nowhere)"),

@@ -3,10 +3,12 @@
 python tools/prepare_data.py check   --config.data.name=folder:pictures [--config.data...] [--json=FILE]
 python tools/prepare_data.py convert --config.data.name=folder:pictures --out=DIR [--name=NAME] [--skip_bad]
 python tools/prepare_data.py prepare --config.data.name=tfds:imagenet2012 --config.data.data_dir=DIR --manual_dir=DIR
+python tools/prepare_data.py digest  --config.data.name=folder:pictures [--config.data...]
 
 check reads every image of data.train_split and data.eval_split; it ends with exit code 1 where something is
 unreadable or in both, or a class has no training images. convert copies the whole splits behind those two. Neither
-downloads anything, or changes or overwrites a file.
+downloads anything, or changes or overwrites a file. digest reads those two once and stores their content digests
+beside the data, for caches of what a teacher says about them.
 """
 
 import json
@@ -135,7 +137,17 @@ def prepare(data) -> None:
     print(f"--config.data.name={data.name}" + (f" --config.data.data_dir={data.data_dir}" if data.data_dir else ""))
 
 
-COMMANDS = {"check": check, "convert": convert, "prepare": prepare}
+def digest(data) -> None:
+    """Store the content digests of both splits beside the data and print them."""
+    from deit.data import digest as digests
+
+    for split in dict.fromkeys([data.train_split, data.eval_split]):
+        value, path = digests.store(data, split)
+        print(f"{split}: {value}")
+    print(f"in {path}" if path else "not stored: digits lie in no file")
+
+
+COMMANDS = {"check": check, "convert": convert, "prepare": prepare, "digest": digest}
 
 
 def problems(found: dict) -> list[str]:

@@ -21,7 +21,9 @@ WHOLE = ("train", "all")  # what the only split of a folder without split folder
 class Files(encoded.Encoded):
     """Image files, opened when they are read.
 
-    `paths`: relative to `root` (then `name` shows them so) or complete.
+    Attributes:
+      root: directory that `paths` are relative to; "" where they are complete.
+      paths: file of each example; `name` shows it so.
     """
 
     def __init__(
@@ -34,18 +36,18 @@ class Files(encoded.Encoded):
         max_pixels: int | None = None,
     ):
         super().__init__(classes=classes, name=self._shown, max_pixels=max_pixels)
-        self._root, self._paths, self._labels = os.fspath(root), paths, np.asarray(labels, np.int32)
+        self.root, self.paths, self._labels = os.fspath(root), paths, np.asarray(labels, np.int32)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def raw(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        paths = [os.path.join(self._root, self._paths[i]) for i in indices]
+        paths = [os.path.join(self.root, self.paths[i]) for i in indices]
         return list(encoded.pool().map(_bytes_or_nothing, paths)), self._labels[indices]
 
     def _shown(self, index: int) -> str:
         # A name that is no UTF-8 must not stop the log that names it.
-        return os.fsencode(self._paths[index]).decode("utf-8", "backslashreplace")
+        return os.fsencode(self.paths[index]).decode("utf-8", "backslashreplace")
 
 
 def open_source(data_config, split: str) -> Files:

@@ -1,7 +1,11 @@
-"""The gate: how good the teacher is on the evaluation split, and whether that is good enough to teach."""
+"""The gate: how good the teacher is on the evaluation split, and whether that is good enough to teach.
+
+Promises: only readable, unpadded images count (weight above 0); a report is a pure function of the teacher's class
+and confidence for each row, so that one of stored answers is the one that was measured.
+"""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -10,18 +14,36 @@ import tqdm
 from deit import errors
 from deit.teachers import base
 
+BINS = 15  # of the confidence, as in Guo et al.
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the measurement found.
+    """What the measurement found; N = batches * B rows in order, padding and bad images included.
 
     Attributes:
-      metrics: `teacher/top1` and `teacher/recall/<class>` as fractions, `teacher/images`, how many counted.
-      labels: int32 [batches * B], the teacher's class of every row in order, padding and bad images included.
+      metrics: `teacher/top1`, `teacher/ece` and `teacher/recall/<class>` as fractions, `teacher/images`, how many
+        counted. ece: expected calibration error (arXiv:1706.04599, eq. 3) in BINS bins of equal width.
+      labels: int32 [N], the teacher's class.
+      confusion: int64 [C, C], rows are the true class, columns the teacher's.
+      calibration: float64 [BINS, 3], of each bin of the confidence (m / BINS, (m + 1) / BINS] how many images,
+        their accuracy and their mean confidence; three zeros where it is empty.
+      confidences: float32 [N], the largest softmax probability.
+      truths: int32 [N], the true class.
+      weights: float32 [N], 0 for what does not count.
     """
 
     metrics: dict[str, float]
     labels: np.ndarray
+    confusion: np.ndarray
+    calibration: np.ndarray
+    confidences: np.ndarray
+    truths: np.ndarray
+    weights: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what `rebuild` makes this report of."""
+        return {name: getattr(self, name) for name in ("labels", "confidences", "truths", "weights")}
 
 
 def measure(teacher: base.Teacher, batches: Iterable, classes: tuple[str, ...]) -> Report:
@@ -31,30 +53,59 @@ def measure(teacher: base.Teacher, batches: Iterable, classes: tuple[str, ...]) 
     """
 
     @tf.function(autograph=False)
-    def label(images):
+    def answer(images):
         logits = teacher.logits(tf.cast(images, tf.float32))
-        return tf.argmax(logits, -1, output_type=tf.int32), tf.reduce_all(tf.math.is_finite(logits))
+        confidence = tf.reduce_max(tf.nn.softmax(logits), -1)
+        return tf.argmax(logits, -1, output_type=tf.int32), confidence, tf.reduce_all(tf.math.is_finite(logits))
 
-    answers, truths, weights = [], [], []
+    rows = []
     for batch in tqdm.tqdm(batches, desc="measuring the teacher", unit="batch", leave=False, disable=None):
-        answer, finite = label(batch["image"])
+        label, confidence, finite = answer(batch["image"])
         if not finite:  # the argmax of NaN would be class 0
             raise errors.UserError(f"teacher.kind: {teacher.name} gives logits that are not finite")
-        answers.append(answer.numpy())
-        truths.append(np.asarray(batch["label"]))
-        weights.append(np.asarray(batch["weight"]))
-    labels = np.concatenate(answers) if answers else np.zeros(0, np.int32)
-    kept = np.concatenate(weights) > 0 if weights else np.zeros(0, bool)
+        rows.append([np.asarray(value) for value in (label, confidence, batch["label"], batch["weight"])])
+    if not rows:
+        raise _nothing_counts()
+    return rebuild(*map(np.concatenate, zip(*rows)), classes)
+
+
+def rebuild(
+    labels: np.ndarray, confidences: np.ndarray, truths: np.ndarray, weights: np.ndarray, classes: Sequence[str]
+) -> Report:
+    """Return the report on the teacher's `labels` and `confidences` for rows of class `truths`, each [N].
+
+    Errors: UserError where no row has a weight above 0.
+    """
+    kept = weights > 0
     if not kept.any():
-        raise errors.UserError("data.eval_split must hold a readable image to measure the teacher on")
-    truth = np.concatenate(truths)[kept]
-    right = labels[kept] == truth
-    metrics = {"teacher/top1": float(right.mean())}
-    for i, name in enumerate(classes):
-        if (truth == i).any():
-            metrics[f"teacher/recall/{name}"] = float(right[truth == i].mean())
+        raise _nothing_counts()
+    confusion = np.zeros([len(classes)] * 2, np.int64)
+    np.add.at(confusion, (truths[kept], labels[kept]), 1)
+    calibration = _calibration(labels[kept] == truths[kept], confidences[kept])
+    count, accuracy, confidence = calibration.T
+    metrics = {
+        "teacher/top1": float(np.trace(confusion) / kept.sum()),
+        "teacher/ece": float((count * np.abs(accuracy - confidence)).sum() / kept.sum()),
+    }
+    for index, (row, name) in enumerate(zip(confusion, classes)):
+        if row.sum():
+            metrics[f"teacher/recall/{name}"] = float(row[index] / row.sum())
     metrics["teacher/images"] = float(kept.sum())
-    return Report(metrics, labels)
+    return Report(metrics, labels, confusion, calibration, confidences, truths, weights)
+
+
+def _calibration(right: np.ndarray, confidences: np.ndarray) -> np.ndarray:
+    """Return count, accuracy and mean confidence of each bin, float64 [BINS, 3]."""
+    confidences = confidences.astype(np.float64)
+    # The inner borders: what equals one falls below it, and what rounding puts above 1 into the last bin.
+    bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
+    sums = [np.bincount(bins, values, BINS) for values in (np.ones(len(bins)), right, confidences)]
+    count = np.maximum(sums[0], 1)
+    return np.stack([sums[0], sums[1] / count, sums[2] / count], axis=-1)
+
+
+def _nothing_counts() -> errors.UserError:
+    return errors.UserError("data.eval_split must hold a readable image to measure the teacher on")
 
 
 def gate(report: Report, min_accuracy: float) -> None:
