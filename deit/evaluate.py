@@ -162,7 +162,7 @@ def checkpointed(path: str | Path, *, data_dir: str = "", teacher_path: str = ""
         teacher = teachers.build(config, classes=classes, workdir=opened.run)
         if teacher is not None:
             found = teacher_report.measure(teacher, batches, classes)
-            labels, gate = found.labels, {"teacher/top1": found.metrics["teacher/top1"]}
+            labels, gate = found.labels, {name: found.metrics[name] for name in ("teacher/top1", "teacher/ece")}
     except errors.UserError as error:
         logging.warning("no teacher agreement: %s", error)
     averages = {name.removeprefix("ema/"): value for name, value in opened.tensors.items() if name.startswith("ema/")}

@@ -8,7 +8,7 @@ the last update is always logged, evaluated and checkpointed, whatever the inter
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,12 @@ from ml_collections import FrozenConfigDict
 
 import deit
 from configs import base
-from deit import checkpoint, contact_sheet, errors, evaluate, pictures, plan, summaries, teachers, train_step
+from deit import checkpoint, contact_sheet, errors, evaluate, feed, pictures, plan, summaries, train_step
 from deit import config as configuration
 from deit import workdir as run_directory
 from deit.data import sources, stream, unreadable
 from deit.models import factory
+from deit.teachers import labeller
 from deit.teachers import report as teacher_report
 
 
@@ -59,6 +60,13 @@ def prepare(config, workdir: Path, *, replicas: int) -> Job:
 
     Errors: UserError for absent data, a batch that does not divide, a workdir of another configuration.
     """
+    resolved, train_source, eval_source = open_data(config, replicas=replicas)
+    check_workdir(resolved, workdir)
+    return Job(resolved, workdir, train_source, eval_source)
+
+
+def open_data(config, *, replicas: int) -> tuple[FrozenConfigDict, sources.Source, sources.Source]:
+    """Return (resolved configuration, training split, evaluation split). Errors: UserError."""
     train_source = sources.open_source(config.data, config.data.train_split)
     eval_source = sources.open_source(config.data, config.data.eval_split)
     sources.check_classes(train_source, eval_source)
@@ -69,8 +77,7 @@ def prepare(config, workdir: Path, *, replicas: int) -> Job:
         classes=train_source.classes,
         replicas=replicas,
     )
-    check_workdir(resolved, workdir)
-    return Job(resolved, workdir, train_source, eval_source)
+    return resolved, train_source, eval_source
 
 
 def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
@@ -86,8 +93,10 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
         return finished(newest, workdir)
 
     # --- Teacher, student and the state of the run --------------------------------------------------------
+    teacher = labeller.open_labeller(
+        config, strategy, workdir=workdir, train_source=job.train_source, eval_source=job.eval_source
+    )
     with strategy.scope():
-        teacher = teachers.build(config, classes=config.resolved.classes, workdir=workdir)
         network = factory.build(
             config.model,
             num_classes=len(config.resolved.classes),
@@ -105,17 +114,16 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
     logging.info("plan of %s\n%s", workdir, plan.describe(config, network=network, teacher=taught_by))
 
     # --- Data, from this update on ------------------------------------------------------------------------
-    iterator = iter(batches_of(config, strategy, job.train_source, network, start_update=step))
+    batches = feed.batches(config, strategy, job.train_source, start_update=step, drop_rates=network.drop_rates)
+    iterator = iter(batches)
     eval_batches = stream.evaluation(job.eval_source, config, batch=config.eval.batch)
 
     # --- The teacher is measured before it teaches --------------------------------------------------------
-    teacher_labels, measured = None, {}
+    taught = None
     if teacher is not None:
-        logging.info("measuring the teacher on %s", config.data.eval_split)
-        found = teacher_report.measure(teacher, eval_batches, config.resolved.classes)
-        teacher_labels, measured = found.labels, found.metrics
-        logging.info("teacher %s", headline(found.metrics))
-        teacher_report.gate(found, config.teacher.min_accuracy)
+        taught = teacher.measure(eval_batches, config.resolved.classes)
+        logging.info("teacher %s", headline(taught.metrics))
+        teacher_report.gate(taught, config.teacher.min_accuracy)
 
     # --- From here on the run exists: its directory is written ---------------------------------------------
     if newest is None:
@@ -123,14 +131,14 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
     writer = summaries.Summaries(workdir, start_step=step if newest is not None else -1)
     if newest is None:
         writer.text(0, "config", f"```json\n{configuration.to_json(config)}\n```")
-        if measured:
-            writer.scalars(0, measured)
+        if taught is not None:
+            show_teacher(writer, taught, config.resolved.classes)
         writer.image(0, "train/views", contact_sheet.draw(job.train_source, config))
     else:
         logging.info("continuing %s after update %d of %d", workdir, step, total)
 
     # --- The loop -------------------------------------------------------------------------------------------
-    update = train_step.make(config, strategy, state, teacher)
+    update = train_step.make(config, strategy, state)
     predict = evaluate.predictor(network)
     lost, evaluated = unreadable.Unreadable(job.train_source, config), False
     saver = checkpoint.Saver(
@@ -146,11 +154,12 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
         while step < total:
             batch = next(iterator)
             rate = float(learning_rate(step))
-            vector = update(batch).numpy()  # the one read of the device an update
+            answers = teacher(batch, step) if config.distill.kind != "none" else None
+            vector = update(batch, answers).numpy()  # the one read of the device an update
             step += 1
             guard(config, vector, step)
             if missing(config, vector):
-                lost.note(*(local(strategy, batch[name]) for name in ("position", "weight")))
+                lost.note(*(feed.local(strategy, batch[name]) for name in ("position", "weight")))
                 lost.check(state.bad_images.numpy(), step)
             due = due_at(step, total)
 
@@ -158,6 +167,7 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
             if due(config.log.every_updates):
                 line = train_metrics(config, vector, rate, state)
                 line["perf/images_per_sec"] = progress.rate(step)
+                line.update(teacher.news() if teacher is not None else {})
             progress.show(step, line)
 
             metrics = {}
@@ -170,7 +180,7 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
                     config.resolved.classes,
                     predict=predict,
                     averages={path: variable.numpy() for path, variable in state.ema},
-                    teacher_labels=teacher_labels,
+                    teacher_labels=taught.labels if taught is not None else None,
                     source=None if evaluated else job.eval_source,  # what can't be read is named once
                 )
                 evaluated = True
@@ -186,6 +196,8 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
             if due(config.checkpoint.every_updates):
                 writer.flush()  # before the manifest: no checkpoint is ahead of its log
                 saver.save(step, train_step.snapshot(state), metrics=metrics)
+    if config.teacher.cache != "off":
+        logging.info("teacher: %s", teacher.summary())
     return Result(step, metrics)
 
 
@@ -239,37 +251,18 @@ def check_versions(before: dict[str, str], now: dict[str, str], workdir: Path) -
         )
 
 
-def batches_of(config, strategy, source, network, *, start_update: int) -> Iterable[dict]:
-    """Return the distributed stream from `start_update` on; each replica gets its contiguous slice of every batch."""
-    replicas = config.resolved.replicas
-
-    def dataset(_):
-        whole = stream.training(
-            source,
-            config,
-            start_update=start_update,
-            slice_start=0,
-            slice_size=config.global_batch,
-            drop_rates=network.drop_rates,
-        )
-        if replicas == 1:
-            return whole
-        # A process hands its elements to its replicas in turn: cut each batch into one element a replica.
-        share = config.global_batch // replicas
-        return whole.flat_map(
-            lambda batch: tf.data.Dataset.from_tensor_slices(
-                {name: tf.reshape(value, [replicas, share, *value.shape[1:]]) for name, value in batch.items()}
-            )
-        )
-
-    return strategy.distribute_datasets_from_function(dataset)
-
-
 def finished(newest: Path, workdir: Path) -> Result:
     """Print a run that has reached its last update."""
     manifest = checkpoint.manifest(newest)
     logging.info("%s is finished: update %d  %s", workdir, manifest["step"], headline(manifest["metrics"]))
     return Result(manifest["step"], manifest["metrics"])
+
+
+def show_teacher(writer: summaries.Summaries, taught: teacher_report.Report, classes: Sequence[str]) -> None:
+    """Write what the teacher is worth as step 0: numbers, which classes it takes for which, its calibration."""
+    writer.scalars(0, taught.metrics)
+    writer.image(0, "teacher/confusion", pictures.confusion_matrix(taught.confusion, classes))
+    writer.image(0, "teacher/calibration", pictures.reliability(taught.calibration, taught.metrics["teacher/ece"]))
 
 
 def due_at(step: int, total: int) -> Callable[[int], bool]:
@@ -308,11 +301,6 @@ def guard(config, vector: np.ndarray, step: int) -> None:
 def missing(config, vector: np.ndarray) -> bool:
     """Tell whether an update met images that could not be read."""
     return vector[train_step.METRICS.index("data/weight")] < config.global_batch
-
-
-def local(strategy: tf.distribute.Strategy, value) -> list[np.ndarray]:
-    """Return what this process's replicas hold of a batch's field."""
-    return [part.numpy() for part in strategy.experimental_local_results(value)]
 
 
 def headline(metrics: dict[str, float]) -> str:

@@ -1,7 +1,6 @@
 """The members of an ensemble of teachers, as teacher.members writes them.
 
-Promises: needs no TensorFlow; a member is a teacher configuration like any other, with one of the kinds that are a single
-network.
+Promises: needs no TensorFlow; a member is a teacher configuration like any other, of a kind that is a single network.
 """
 
 import ast

@@ -4,6 +4,9 @@ Promises: `prepare` is called once, before anything touches a device; the same c
 layout computes the same bits; `strategy=auto` is one device, the first GPU or else the CPU, even where there are more.
 """
 
+import platform
+from pathlib import Path
+
 import tensorflow as tf
 
 from deit import errors
@@ -35,3 +38,17 @@ def make_strategy(name: str, devices: int = 0) -> tf.distribute.Strategy:
     if wanted > len(found):
         raise errors.UserError(f"devices ({wanted}) must be at most the {len(found)} {kind} devices found")
     return tf.distribute.MirroredStrategy([device.name for device in found[:wanted]])
+
+
+def device_kind(strategy: tf.distribute.Strategy) -> str:
+    """Return the model of the devices that a strategy computes on: equal ones give equal bits."""
+    kind = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type
+    if kind == "GPU":
+        gpu = tf.config.list_physical_devices("GPU")[0]
+        return tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {models[0] if models else platform.processor() or platform.machine()}"

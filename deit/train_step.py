@@ -4,8 +4,8 @@ Promises:
 - k micro-batches of b compute the gradients of one batch of k * b (floating-point order apart): loss sums are
   divided by the constant global batch, never by a micro-batch's own size or weight.
 - Optimizer, schedule, EMA, clipping and guard tick once an update; one all-reduce an update whatever k is.
-- Non-finite gradients, or a batch in which every image is unreadable, leave weights, slots and EMA untouched;
-  `step` still advances, because it drives position and schedule.
+- Non-finite gradients, a teacher without an answer, or a batch in which every image is unreadable leave weights,
+  slots and EMA untouched; `step` still advances, because it drives position and schedule.
 
 Everything is in two `strategy.run` calls: gradients, then apply. Between them, in cross-replica context, a
 `tf.cond` decides; inside a replica function the optimizer's merge call fails under `tf.cond`.
@@ -20,6 +20,7 @@ import tensorflow as tf
 from deit import ema, losses, optim
 from deit.data import mixing
 from deit.models import factory, paths
+from deit.teachers import labels
 
 GROWTH_UPDATES = 2000  # finite updates after which mixed_float16 doubles its loss scale
 FIRST_LOSS_SCALE = 2.0**15
@@ -113,19 +114,20 @@ def restore(state: TrainState, tensors: dict[str, np.ndarray]) -> None:
     paths.assign(state.named(), tensors)
 
 
-def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -> Callable:
-    """Return `update(batch) -> float32 [len(METRICS)]`, one optimizer update as one graph.
+def make(config, strategy: tf.distribute.Strategy, state: TrainState) -> Callable:
+    """Return `update(batch, answers) -> float32 [len(METRICS)]`, one optimizer update as one graph.
 
     `config` is resolved. `batch` is the stream's, per replica under a distributed strategy: its slice holds
-    accum_steps * micro_batch examples. The losses and the norm mean nothing where `finite` is 0.
+    accum_steps * micro_batch examples. `answers` are the teacher's to the same rows (`teachers.labels`), None where
+    distill.kind is none. The losses and the norm mean nothing where `finite` is 0.
     """
-    gradients = gradient_function(config, state, teacher)
+    gradients = gradient_function(config, state)
     apply = _apply(config, state)
     fp16 = config.precision == "mixed_float16"
 
     @tf.function(autograph=False)  # every branch and loop is explicit: tracing is shorter without
-    def update(batch):
-        reduced, sums = strategy.run(gradients, args=(batch,))
+    def update(batch, answers=None):
+        reduced, sums = strategy.run(gradients, args=(batch, answers))
         sums = strategy.experimental_local_results(sums)[0]  # equal on all replicas after the all-reduce
         finite = sums[_FINITE] > 0
 
@@ -159,8 +161,8 @@ def make(config, strategy: tf.distribute.Strategy, state: TrainState, teacher) -
     return update
 
 
-def gradient_function(config, state: TrainState, teacher) -> Callable:
-    """Return the replica function: batch -> (all-reduced gradients, METRICS without the last)."""
+def gradient_function(config, state: TrainState) -> Callable:
+    """Return the replica function: (batch, answers) -> (all-reduced gradients, METRICS without the last)."""
     micro, accum = config.micro_batch, config.resolved.accum_steps
     global_batch = float(config.global_batch)
     classes = len(config.resolved.classes)
@@ -183,21 +185,22 @@ def gradient_function(config, state: TrainState, teacher) -> Callable:
             scaled = sums[0] * state.loss_scale
         return tape.gradient(scaled, variables), tf.stack([*sums, tf.reduce_sum(weight)])
 
-    def gradients(batch):
-        targets = _targets(config, teacher, batch)
+    def gradients(batch, answers):
+        targets = None if answers is None else labels.layout(config).targets(answers)
         zeros = [tf.zeros(variable.shape, tf.float32) for variable in variables]
+        first = tf.stack([_answered(answers), 0.0, 0.0, 0.0])
 
         def body(i, total, sums):
             new, new_sums = micro_gradients(batch, targets, i)
             return i + 1, [a + tf.cast(b, tf.float32) for a, b in zip(total, new)], sums + new_sums
 
         if accum == 1:
-            _, total, sums = body(0, zeros, tf.zeros([4]))
+            _, total, sums = body(0, zeros, first)
         else:
             _, total, sums = tf.while_loop(
                 lambda i, total, sums: i < accum,
                 body,
-                (tf.constant(0), zeros, tf.zeros([4])),
+                (tf.constant(0), zeros, first),
                 parallel_iterations=1,  # two micro-batches at once would hold two sets of activations
                 maximum_iterations=accum,
             )
@@ -217,6 +220,13 @@ def gradient_function(config, state: TrainState, teacher) -> Callable:
     return gradients
 
 
+def _answered(answers: labels.Answers | None) -> tf.Tensor:
+    """Return 0, or NaN where the teacher had no answer (class -1): the loss is NaN then, and the update skipped."""
+    if answers is None or "class" not in answers:
+        return tf.constant(0.0)
+    return tf.where(tf.reduce_any(answers["class"] < 0), float("nan"), 0.0)
+
+
 def _apply(config, state: TrainState) -> Callable:
     """Return the replica function that applies all-reduced gradients and moves the averages."""
     variables = [variable for _, variable in state.trainable]
@@ -230,34 +240,3 @@ def _apply(config, state: TrainState) -> Callable:
             ema.update(averages, variables, ema.decay_at(state.step, config.optim.ema_decay))
 
     return apply
-
-
-def _targets(config, teacher, batch: dict[str, tf.Tensor]) -> tf.Tensor | None:
-    """Return what the teacher says of a slice: labels int32 [N] (hard), logits [N, C] (soft), None without one.
-
-    The teacher sees what the student sees: the mixed pictures. The whole slice is labelled before the micro-batch
-    loop, in chunks of at most teacher.batch, so that the teacher's batch is its own, one chunk is held in float32
-    at a time, and only labels or logits stay in memory.
-    """
-    if config.distill.kind == "none":
-        return None
-    size = batch["image"].shape[0]
-    chunk = min(size, config.teacher.batch)
-    count = size // chunk  # full chunks; the rest is one call more
-
-    def label(start, images):
-        logits = tf.stop_gradient(teacher.logits(mixing.images(batch, start, images)))
-        return tf.argmax(logits, -1, output_type=tf.int32) if config.distill.kind == "hard" else logits
-
-    if chunk == size:
-        return label(0, size)
-    spec = tf.TensorSpec([chunk], tf.int32)
-    if config.distill.kind == "soft":
-        spec = tf.TensorSpec([chunk, teacher.num_classes], tf.float32)
-    starts = tf.range(count) * chunk
-    said = tf.map_fn(lambda start: label(start, chunk), starts, fn_output_signature=spec, parallel_iterations=1)
-    said = tf.reshape(said, [count * chunk, *spec.shape[1:]])
-    if count * chunk == size:
-        return said
-    with tf.control_dependencies([said]):  # not at once with the loop: that would hold two sets of activations
-        return tf.concat([said, label(count * chunk, size - count * chunk)], 0)

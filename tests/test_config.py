@@ -54,7 +54,10 @@ BAD = {
     "optim.clip_norm": -1.0, "optim.ema_decay": 1.0, "loss.kind": "mse", "loss.smoothing": 1.0,
     "distill.kind": "warm", "distill.alpha": 1.2, "distill.tau": 0.0, "distill.form": "js",
     "distill.reduction": "sum", "distill.weighting": "none", "teacher.kind": "bit", "teacher.image_size": -1,
-    "teacher.batch": 0, "teacher.min_accuracy": 91.0, "teacher.sha256": "abc", "checkpoint.every_updates": -1,
+    "teacher.batch": 0, "teacher.range": (1.0, 0.0), "teacher.mean": (0.5,), "teacher.std": (1.0, 0.0, 1.0),
+    "teacher.members": ("run:runs/a",), "teacher.precision": "bf16", "teacher.top_k": -1,
+    "teacher.logits_dtype": "int8", "teacher.cache": "on", "teacher.min_accuracy": 91.0,
+    "teacher.sha256": "abc", "checkpoint.every_updates": -1,
     "checkpoint.keep": 0, "eval.every_updates": -1, "eval.batch": 0, "eval.crop_ratio": 1.5, "log.every_updates": 0,
 }  # fmt: skip
 
@@ -62,7 +65,8 @@ BAD = {
 UNBOUNDED = {
     "data.data_dir", "data.train_split", "data.eval_split", "model.variant", "model.backbone", "model.weights",
     "model.cut", "optim.decay_coupled", "optim.decay_exclude", "optim.amsgrad", "augment.three_augment",
-    "teacher.path", "teacher.name", "teacher.weights",
+    "teacher.path", "teacher.name", "teacher.weights", "teacher.class_names", "teacher.background",
+    "teacher.cache_dir", "teacher.allow_ties",
 }  # fmt: skip
 
 

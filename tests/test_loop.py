@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator
 
 from configs import base
-from deit import checkpoint, errors, loop, rules, summaries, train_step
+from deit import checkpoint, errors, feed, loop, rules, summaries, train_step
 from deit import config as configuration
 from deit.data import mixing, sources, stream
 
@@ -42,7 +42,7 @@ def collect(strategy, *, start, count, **changes):
         replicas=strategy.num_replicas_in_sync,
     )
     network = types.SimpleNamespace(drop_rates=(0.0, 0.3))
-    iterator = iter(loop.batches_of(resolved, strategy, source, network, start_update=start))
+    iterator = iter(feed.batches(resolved, strategy, source, start_update=start, drop_rates=network.drop_rates))
     batches = []
     for _ in range(count):
         parts = {name: strategy.experimental_local_results(value) for name, value in next(iterator).items()}

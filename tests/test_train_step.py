@@ -10,6 +10,7 @@ from deit import config as configuration
 from deit import ema, errors, keras, optim, train_step
 from deit.data import mixing
 from deit.models import factory
+from deit.teachers import labels
 
 BATCH, CLASSES = 32, 10
 
@@ -61,8 +62,9 @@ class Run:
             self.network = factory.build(config.model, num_classes=CLASSES, image_size=32, precision=config.precision)
             self.state = train_step.create_state(config, self.network)
         self.teacher = LinearTeacher()
-        self.step = train_step.make(config, self.strategy, self.state, self.teacher)
-        self.gradient = tf.function(train_step.gradient_function(config, self.state, self.teacher))
+        self.step = train_step.make(config, self.strategy, self.state)
+        self.gradient = tf.function(train_step.gradient_function(config, self.state))
+        self.label = tf.function(labels.function(config, self.teacher))
         self.initial = self.tensors()
 
     def batch(self, seed=0):
@@ -96,15 +98,21 @@ class Run:
         }
 
     def update(self, batch):
-        return dict(zip(train_step.METRICS, self.step(self.distribute(batch)).numpy().tolist()))
+        batch = self.distribute(batch)
+        return dict(zip(train_step.METRICS, self.step(batch, self.answers(batch)).numpy().tolist()))
+
+    def answers(self, batch):
+        return self.strategy.run(self.label, args=(batch,))
 
     def gradients(self, batch):
-        per_replica, _ = self.strategy.run(self.gradient, args=(self.distribute(batch),))
+        batch = self.distribute(batch)
+        per_replica, _ = self.strategy.run(self.gradient, args=(batch, self.answers(batch)))
         return [self.strategy.experimental_local_results(g)[0].numpy() for g in per_replica]
 
     def losses(self, batch):
         """Return the metrics of a batch without an update, on one device."""
-        _, sums = self.strategy.run(self.gradient, args=(self.distribute(batch),))
+        batch = self.distribute(batch)
+        _, sums = self.strategy.run(self.gradient, args=(batch, self.answers(batch)))
         return dict(zip(train_step.METRICS, sums.numpy().tolist()))
 
     def tensors(self):
@@ -179,8 +187,8 @@ def test_the_loss_is_the_formula_of_the_paper_on_the_models_own_logits(run_of):
     run = run_of(micro=16)
     batch = run.batch()
     outputs = run.network.logits(tf.cast(batch["image"], tf.float32), tf.constant(batch["drop"]))
-    labels = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().argmax(-1)
-    assert len(set(labels.tolist())) > 5, "the order of the teacher's labels matters"
+    said = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().argmax(-1)
+    assert len(set(said.tolist())) > 5, "the order of the teacher's labels matters"
 
     def log_softmax(z):
         z = z - z.max(-1, keepdims=True)
@@ -190,7 +198,7 @@ def test_the_loss_is_the_formula_of_the_paper_on_the_models_own_logits(run_of):
     smooth = np.full([BATCH, CLASSES], 0.1 / CLASSES)
     smooth[rows, batch["label"]] += 0.9
     of_cls = -(smooth * log_softmax(outputs["cls"].numpy().astype("f8"))).sum(-1).mean()
-    of_dist = -log_softmax(outputs["dist"].numpy().astype("f8"))[rows, labels].mean()
+    of_dist = -log_softmax(outputs["dist"].numpy().astype("f8"))[rows, said].mean()
     logged = run.update(batch)
     np.testing.assert_allclose(logged["train/loss"], (of_cls + of_dist) / 2, rtol=1e-5)
     np.testing.assert_allclose(logged["train/loss_cls"], of_cls, rtol=1e-5)
@@ -236,8 +244,11 @@ def test_student_and_teacher_see_the_mixed_picture_and_only_the_label_of_the_dat
 def test_no_float_copy_of_a_whole_mixed_slice_is_ever_held(run_of):
     def float_pictures(run):
         batch = {name: tf.TensorSpec(value.shape, value.dtype) for name, value in run.batch().items()}
-        graph = run.gradient.get_concrete_function(batch).graph.as_graph_def(add_shapes=True)
-        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+        answers = labels.layout(run.config).specs(BATCH)
+        graphs = [run.gradient.get_concrete_function(batch, answers), run.label.get_concrete_function(batch)]
+        nodes = []
+        for graph in (function.graph.as_graph_def(add_shapes=True) for function in graphs):
+            nodes += [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
         shapes = [
             [size.size for size in shape.dim]
             for node in nodes
@@ -267,6 +278,19 @@ def test_a_non_finite_gradient_leaves_everything_but_the_counters_untouched(run_
     assert run.update(run.batch(2))["skipped_in_row"] == 0
 
 
+@pytest.mark.parametrize("settings", [dict(micro=16), dict(micro=4, replicas=2)], ids=["one device", "two replicas"])
+def test_an_update_in_which_the_teacher_has_no_finite_answer_is_skipped(run_of, settings):
+    run = run_of(**settings)
+    silent = LinearTeacher()
+    silent.weights[:] = np.nan
+    label = tf.function(labels.function(run.config, silent))
+    before, batch = run.tensors(), run.distribute(run.batch(1))
+    answers = run.strategy.run(label, args=(batch,))
+    logged = dict(zip(train_step.METRICS, run.step(batch, answers).numpy().tolist()))
+    assert logged["finite"] == 0 and logged["skipped_in_row"] == 1
+    assert run.tensors()["student/head/kernel"].tobytes() == before["student/head/kernel"].tobytes()
+
+
 def test_the_loss_with_unreadable_images_is_the_mean_over_the_readable_ones(run_of):
     run = run_of(micro=16)
     batch = run.batch()
@@ -274,8 +298,8 @@ def test_the_loss_with_unreadable_images_is_the_mean_over_the_readable_ones(run_
     batch["image"][[0, 7, 31]] = 0
     good = batch["weight"] > 0
     outputs = run.network.logits(tf.cast(batch["image"], tf.float32), tf.constant(batch["drop"]))
-    labels = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().argmax(-1)
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs["dist"]).numpy()
+    said = run.teacher.logits(tf.cast(batch["image"], tf.float32)).numpy().argmax(-1)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(said, outputs["dist"]).numpy()
     logged = run.update(batch)
     np.testing.assert_allclose(logged["train/loss_distill"], losses[good].mean(), rtol=1e-5)
     assert int(run.tensors()["bad_images"]) == 3

@@ -18,6 +18,7 @@ import tensorflow as tf
 from deit import config as configuration
 from deit import errors, runtime, train_step
 from deit.models import factory
+from deit.teachers import labels
 
 _CLASSES = 5
 
@@ -104,7 +105,11 @@ def student(config, *, classes: Sequence[str], train_size: int) -> tuple[Callabl
             config.model, num_classes=len(classes), image_size=config.data.image_size, precision=config.precision
         )
         state = train_step.create_state(resolved, network)
-    return train_step.make(resolved, strategy, state, GivenLabels(len(classes))), network
+    update = train_step.make(resolved, strategy, state)
+    if resolved.distill.kind == "none":
+        return update, network
+    label = tf.function(labels.function(resolved, GivenLabels(len(classes))))
+    return lambda batch: update(batch, label(batch)), network
 
 
 def rate(update: Callable, batch: dict[str, tf.Tensor], *, updates: int) -> float:

@@ -1,0 +1,63 @@
+"""What a strategy's replicas are fed: the stream, cut so that each gets its contiguous slice of every global batch.
+
+Promises: values of a batch on the host, side by side in the order of the replicas, are the batch of one device.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from deit.data import sources, stream
+
+
+def batches(
+    config,
+    strategy: tf.distribute.Strategy,
+    source: sources.Source,
+    *,
+    start_update: int,
+    drop_rates: Sequence[float] = (),
+) -> Iterable[dict]:
+    """Return the distributed stream of a resolved configuration from `start_update` on (`stream.training`)."""
+    replicas = config.resolved.replicas
+
+    def dataset(_):
+        whole = stream.training(
+            source,
+            config,
+            start_update=start_update,
+            slice_start=0,
+            slice_size=config.global_batch,
+            drop_rates=drop_rates,
+        )
+        if replicas == 1:
+            return whole
+        # A process hands its elements to its replicas in turn: cut each batch into one element a replica.
+        share = config.global_batch // replicas
+        return whole.flat_map(
+            lambda batch: tf.data.Dataset.from_tensor_slices(
+                {name: tf.reshape(value, [replicas, share, *value.shape[1:]]) for name, value in batch.items()}
+            )
+        )
+
+    return strategy.distribute_datasets_from_function(dataset)
+
+
+def local(strategy: tf.distribute.Strategy, value) -> np.ndarray:
+    """Return what this process's replicas hold of a field [N, ...] of a batch, in their order."""
+    return np.concatenate([part.numpy() for part in strategy.experimental_local_results(value)])
+
+
+def spread(strategy: tf.distribute.Strategy, values: Mapping[str, np.ndarray]) -> dict:
+    """Return arrays [N, ...] as the replicas' slices, the way `batches` hands out a batch."""
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return {name: tf.constant(value) for name, value in values.items()}
+    parts = {name: np.split(value, replicas) for name, value in values.items()}
+    return {
+        name: strategy.experimental_distribute_values_from_function(
+            lambda context, name=name: tf.constant(parts[name][context.replica_id_in_sync_group])
+        )
+        for name in values
+    }

@@ -1,0 +1,140 @@
+"""Compute a teacher's answers ahead of training, once for every run that reads the same stream.
+
+python tools/cache_teacher.py --config=FILE --config.teacher.cache_dir=DIR [--shard=I/N] [--updates=A:B]
+
+Takes the flags of the training command; that one then reads the answers with --config.teacher.cache=read. What is there
+is kept, so that the same command continues after any kill. --shard=0/4 to --shard=3/4, in parallel processes or on
+several machines, share the work: their files lie side by side in DIR.
+"""
+
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from absl import flags, logging
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from deit import cli, errors, rules
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration of the training run, FILE.py[:ARG] or a run's config.json. Default: configs/deit_tiny_flowers.py; "
+    "--config.FIELD=VALUE changes a field. teacher.cache_dir must be given.",
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory, where teacher.kind=train finds its teacher. Default: as main.py has it."
+)
+SHARD = flags.DEFINE_string("shard", "0/1", "I/N: compute part I of N, 0 <= I < N; parts are whole files.")
+UPDATES = flags.DEFINE_string("updates", ":", "A:B: updates A to B - 1 only; an empty end is the schedule's.")
+
+
+def main(_) -> int:
+    """Fill the cache, print its size, return 0."""
+    config = CONFIG.value
+    with config.unlocked():
+        config.teacher.cache = "readwrite"  # what is there is kept
+    rules.validate(config)
+    shard, bounds = numbers("shard", SHARD.value, r"(\d+)/(\d+)"), numbers("updates", UPDATES.value, r"(\d*):(\d*)")
+    if shard[0] >= shard[1]:
+        raise errors.UserError(f"--shard ({SHARD.value}) must be I/N with 0 <= I < N")
+    workdir = Path(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
+
+    from deit import loop, runtime, teachers  # TensorFlow starts only now
+    from deit.teachers import labeller, report
+
+    teachers.check(config)
+    runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
+    strategy = runtime.make_strategy(config.strategy, config.devices)
+    resolved, train_source, eval_source = loop.open_data(config, replicas=strategy.num_replicas_in_sync)
+    first, last = wanted(bounds, resolved.resolved.total_updates)
+    teacher = labeller.open_labeller(
+        resolved, strategy, workdir=workdir, train_source=train_source, eval_source=eval_source, keeps_on=False
+    )
+    if shard[0] == 0:  # one of the shards is enough
+        from deit.data import stream
+
+        batches = stream.evaluation(eval_source, resolved, batch=resolved.eval.batch)
+        measured = teacher.measure(batches, resolved.resolved.classes)
+        logging.info("teacher %s", loop.headline(measured.metrics))
+        report.gate(measured, resolved.teacher.min_accuracy)
+    fill(resolved, strategy, train_source, teacher, [u for u in range(first, last) if mine(u, shard)])
+    return 0
+
+
+def numbers(flag: str, text: str, form: str) -> tuple[int | None, ...]:
+    """Return the numbers of a flag, None for one that is left out. Errors: UserError."""
+    match = re.fullmatch(form, text)
+    if not match:
+        raise errors.UserError(f"--{flag} ({text}) must be {'I/N' if flag == 'shard' else 'A:B'}")
+    return tuple(int(number) if number else None for number in match.groups())
+
+
+def wanted(bounds: Sequence[int | None], total: int) -> tuple[int, int]:
+    """Return the updates [first, last) of A:B in a schedule of `total`. Errors: UserError."""
+    first, last = bounds[0] or 0, total if bounds[1] is None else bounds[1]
+    if not first < last <= total:
+        raise errors.UserError(f"--updates ({UPDATES.value}) must be A:B with 0 <= A < B <= {total}, the schedule's")
+    return first, last
+
+
+def mine(update: int, shard: Sequence[int]) -> bool:
+    """Return whether an update lies in a file of this shard: no two shards write to one file."""
+    from deit.teachers import chunks
+
+    return update // chunks.CHUNKS % shard[1] == shard[0]
+
+
+def fill(config, strategy, source, teacher, updates: list[int]) -> None:
+    """Compute what the cache lacks of `updates`, with a bar, and print sizes. Errors: UserError for a full disk."""
+    from deit import feed
+
+    missing = [update for update in updates if not teacher.cache.holds(update * config.global_batch)]
+    logging.info("%d of %d updates are there; %d to compute", len(updates) - len(missing), len(updates), len(missing))
+    often = 0.5 if sys.stderr.isatty() else 60  # seconds: a log file needs fewer lines
+    with tqdm(total=len(updates), initial=len(updates) - len(missing), unit="update", mininterval=often) as bar:
+        for first, last in runs(missing):
+            batches = iter(feed.batches(config, strategy, source, start_update=first))
+            for update in range(first, last):
+                teacher(next(batches), update)
+                bar.set_postfix_str(f"{megabytes(teacher.cache.disk_bytes())} on disk", refresh=False)
+                bar.update()
+    lacking = [update for update in missing if not teacher.cache.holds(update * config.global_batch)]
+    total = config.resolved.total_updates
+    whole = teacher.cache.chunk_bytes() * total
+    print(
+        f"{len(updates) - len(lacking)} of {len(updates)} updates of this shard in {teacher.cache.directory}: "
+        f"{megabytes(teacher.cache.disk_bytes())} on disk; all {total} updates take {megabytes(whole)} "
+        f"({teacher.cache.chunk_bytes() / config.global_batch:.2f} bytes a position)"
+    )
+    if lacking:
+        raise errors.UserError(
+            f"the teacher gave no finite answers to {len(lacking)} updates, the first is {lacking[0]}"
+        )
+
+
+def runs(updates: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield [first, last) of what is contiguous in rising numbers: the stream is opened once for each."""
+    for _, group in itertools.groupby(enumerate(updates), lambda pair: pair[1] - pair[0]):
+        numbers = [update for _, update in group]
+        yield numbers[0], numbers[-1] + 1
+
+
+def megabytes(size: int) -> str:
+    """Return a size for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        config_flag="config",
+        default_config=str(ROOT / "configs" / "deit_tiny_flowers.py"),
+        after_interrupt="the same command continues",
+    )
