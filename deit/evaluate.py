@@ -15,7 +15,7 @@ import tensorflow as tf
 import tqdm
 from absl import logging
 
-from deit import errors, runtime, saved, teachers
+from deit import calibration, errors, runtime, saved, teachers
 from deit.data import sources, stream, unreadable
 from deit.models import factory, paths
 from deit.teachers import report as teacher_report
@@ -40,7 +40,7 @@ def predictor(network: factory.Network) -> Predict:
     """Return a compiled function: uint8 images [B, S, S, 3] -> predicted class [B] of each way to answer.
 
     Ways: `top1` (mean of both heads' logits, the reference code), `top1_softmax` (sum of softmaxes, the paper),
-    `top1_cls` and `top1_dist`. One head: `top1` alone.
+    `top1_cls` and `top1_dist`. One head: `top1` alone. Besides, `confidence` float32 [B]: the probability of `top1`.
     """
 
     @tf.function(autograph=False)
@@ -50,7 +50,8 @@ def predictor(network: factory.Network) -> Predict:
         if "dist" in outputs:
             ways["top1_softmax"] = tf.nn.softmax(outputs["cls"]) + tf.nn.softmax(outputs["dist"])
             ways["top1_cls"], ways["top1_dist"] = outputs["cls"], outputs["dist"]
-        return {name: tf.argmax(scores, -1, output_type=tf.int32) for name, scores in ways.items()}
+        answers = {name: tf.argmax(scores, -1, output_type=tf.int32) for name, scores in ways.items()}
+        return {**answers, "confidence": tf.reduce_max(tf.nn.softmax(ways["top1"]), -1)}
 
     return predict
 
@@ -87,7 +88,10 @@ def measure(
     if not len(label):
         raise errors.UserError("no image of the evaluation split could be read: there is nothing to measure")
     count = len(label)
+    confidence = answer.pop("confidence", None)
     metrics = {f"eval/{name}": float((given == label).sum() / count) for name, given in answer.items()}
+    if confidence is not None:
+        metrics["eval/ece"] = calibration.error(calibration.bins(answer["top1"] == label, confidence))
     if teacher_labels is not None:
         metrics["eval/teacher_agreement"] = float((answer["top1"] == teacher_labels[: len(kept)][kept]).sum() / count)
     confusion = np.zeros([len(classes)] * 2, np.int64)

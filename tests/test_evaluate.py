@@ -58,6 +58,14 @@ def test_only_readable_unpadded_images_count_in_every_number():
     assert metrics["eval/images_per_sec"] > 0
 
 
+def test_the_calibration_error_is_of_the_fused_answer_and_of_what_counts():
+    logits = np.zeros([8, 3], np.float32)
+    logits[:, 0] = np.log(8.0)  # always the first class, with probability 8 / 10
+    report = evaluate.measure(evaluate.predictor(Heads(cls=logits)), hand_made_batches(), CLASSES)
+    assert report.metrics["eval/top1"] == 1 / 5  # one cat among five
+    assert report.metrics["eval/ece"] == pytest.approx(8 / 10 - 1 / 5, abs=1e-6)
+
+
 def test_rows_of_the_confusion_are_the_truth_and_recall_is_their_diagonal():
     report = evaluate.measure(answering(top1=[0, 2, 2, 2, 0, 0, 0, 0]), hand_made_batches(), CLASSES)
     # One cat called cat; three dogs called owl, cat, cat; one owl called owl.
@@ -102,6 +110,8 @@ def test_the_two_averages_of_two_heads_are_told_apart():
 
     images = tf.constant([0, 1], tf.uint8)[:, None, None, None]
     found = evaluate.predictor(Heads(cls=cls, dist=dist))(images)
+    confidence = found.pop("confidence").numpy()
+    np.testing.assert_allclose(confidence, softmax((cls + dist) / 2).max(-1), rtol=1e-6)
     expected = {"top1": by_logits, "top1_softmax": by_softmax, "top1_cls": cls.argmax(-1), "top1_dist": dist.argmax(-1)}
     assert {way: answers.numpy().tolist() for way, answers in found.items()} == {
         way: answers.tolist() for way, answers in expected.items()
@@ -115,7 +125,7 @@ def test_the_two_averages_of_two_heads_are_told_apart():
 def test_one_head_answers_in_one_way():
     images = tf.constant([0, 1], tf.uint8)[:, None, None, None]
     found = evaluate.predictor(Heads(cls=[[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]]))(images)
-    assert list(found) == ["top1"] and found["top1"].numpy().tolist() == [1, 0]
+    assert list(found) == ["top1", "confidence"] and found["top1"].numpy().tolist() == [1, 0]
 
 
 AWKWARD = np.array([0.1, -0.0, 1e-42, np.inf, np.nan, -3.4e38], np.float32)  # what arithmetic would not give back

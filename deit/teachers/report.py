@@ -11,10 +11,8 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from deit import errors
+from deit import calibration, errors
 from deit.teachers import base
-
-BINS = 15  # of the confidence, as in Guo et al.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +21,10 @@ class Report:
 
     Attributes:
       metrics: `teacher/top1`, `teacher/ece` and `teacher/recall/<class>` as fractions, `teacher/images`, how many
-        counted. ece: expected calibration error (arXiv:1706.04599, eq. 3) in BINS bins of equal width.
+        counted. ece: `calibration.error`.
       labels: int32 [N], the teacher's class.
       confusion: int64 [C, C], rows are the true class, columns the teacher's.
-      calibration: float64 [BINS, 3], of each bin of the confidence (m / BINS, (m + 1) / BINS] how many images,
-        their accuracy and their mean confidence; three zeros where it is empty.
+      calibration: `calibration.bins`, float64 [15, 3].
       confidences: float32 [N], the largest softmax probability.
       truths: int32 [N], the true class.
       weights: float32 [N], 0 for what does not count.
@@ -81,27 +78,16 @@ def rebuild(
         raise _nothing_counts()
     confusion = np.zeros([len(classes)] * 2, np.int64)
     np.add.at(confusion, (truths[kept], labels[kept]), 1)
-    calibration = _calibration(labels[kept] == truths[kept], confidences[kept])
-    count, accuracy, confidence = calibration.T
+    bins = calibration.bins(labels[kept] == truths[kept], confidences[kept])
     metrics = {
         "teacher/top1": float(np.trace(confusion) / kept.sum()),
-        "teacher/ece": float((count * np.abs(accuracy - confidence)).sum() / kept.sum()),
+        "teacher/ece": calibration.error(bins),
     }
     for index, (row, name) in enumerate(zip(confusion, classes)):
         if row.sum():
             metrics[f"teacher/recall/{name}"] = float(row[index] / row.sum())
     metrics["teacher/images"] = float(kept.sum())
-    return Report(metrics, labels, confusion, calibration, confidences, truths, weights)
-
-
-def _calibration(right: np.ndarray, confidences: np.ndarray) -> np.ndarray:
-    """Return count, accuracy and mean confidence of each bin, float64 [BINS, 3]."""
-    confidences = confidences.astype(np.float64)
-    # The inner borders: what equals one falls below it, and what rounding puts above 1 into the last bin.
-    bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
-    sums = [np.bincount(bins, values, BINS) for values in (np.ones(len(bins)), right, confidences)]
-    count = np.maximum(sums[0], 1)
-    return np.stack([sums[0], sums[1] / count, sums[2] / count], axis=-1)
+    return Report(metrics, labels, confusion, bins, confidences, truths, weights)
 
 
 def _nothing_counts() -> errors.UserError:
