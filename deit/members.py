@@ -51,5 +51,5 @@ def _of_type(value: str, default: Any, text: str) -> Any:
     if isinstance(default, tuple) and isinstance(given, tuple) and all(type(v) in (int, float) for v in given):
         return tuple(map(float, given))
     if type(given) is not type(default):
-        raise ValueError(f"{value!r} in {text!r} must be a {type(default).__name__}")
+        raise ValueError(f"{value!r} in {text!r} must be of type {type(default).__name__}")
     return given

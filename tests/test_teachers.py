@@ -1,13 +1,9 @@
-"""Teachers against networks whose answers are known; downloads from a server on loopback."""
+"""Teachers against networks whose answers are known: SavedModels and our own runs."""
 
-import contextlib
 import gc
 import hashlib
-import http.server
+import json
 import shutil
-import stat
-import threading
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,51 +12,26 @@ import tensorflow as tf
 from PIL import Image
 
 from configs import base as template
-from deit import checkpoint, errors, keras, teachers
-from deit import config as configuration
-from deit.models import factory, paths
-from deit.teachers import base, report
-
-CLASSES = ("a", "b", "c")
-SIZE = 8
-KERNEL = np.random.default_rng(0).normal(0, 1, (SIZE * SIZE * 3, 3)).astype(np.float32)
-IMAGES = np.random.default_rng(1).integers(0, 256, (2, SIZE, SIZE, 3)).astype(np.float32)
-
-
-def expected(images):
-    return images.reshape(len(images), -1) @ KERNEL
-
-
-def config(**teacher):
-    c = template.get_config()
-    c.data.image_size = SIZE
-    c.teacher.update(teacher)
-    return c
-
-
-def build(workdir=".", classes=CLASSES, **teacher):
-    return teachers.build(config(**teacher), classes=classes, workdir=Path(workdir))
-
-
-class StandIn(tf.Module):
-    """A linear classifier of raw pixels."""
-
-    def __init__(self, outputs):
-        super().__init__()
-        self.kernel, self.outputs = tf.Variable(KERNEL), outputs
-
-    @tf.function(input_signature=[tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32, name="image")])
-    def serve(self, image):
-        logits = tf.reshape(image, [-1, SIZE * SIZE * 3]) @ self.kernel
-        return dict.fromkeys(self.outputs, logits)
+from deit import checkpoint, errors, teachers
+from deit.teachers import base
+from tests import stand_ins
+from tests.stand_ins import (
+    CLASSES,
+    IMAGES,
+    KERNEL,
+    SIZE,
+    assert_is_stand_in,
+    build,
+    config,
+    describe,
+    expected,
+    identity,
+)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("saved") / "stand_in"
-    module = StandIn(["logits"])
-    tf.saved_model.save(module, str(directory), signatures={"serving_default": module.serve})
-    return directory
+    return stand_ins.save(tmp_path_factory.mktemp("saved") / "stand_in")
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +44,10 @@ def archive(zipped, tmp_path):
     return Path(shutil.copy(zipped, tmp_path / "teacher.zip"))
 
 
-def assert_is_stand_in(teacher):
-    np.testing.assert_allclose(teacher.logits(tf.constant(IMAGES)), expected(IMAGES), rtol=1e-4, atol=0.05)
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def test_no_teacher_is_none():
@@ -85,6 +58,53 @@ def test_a_saved_model_gets_raw_pixels_and_its_only_output_is_the_logits(saved):
     teacher = build(kind="saved_model", path=str(saved))
     assert_is_stand_in(teacher)
     assert (teacher.num_classes, teacher.parameters, teacher.classes) == (3, KERNEL.size, None)
+
+
+def test_a_saved_model_is_fed_range_mean_and_std_as_declared(saved):
+    declared = {"range": (-1.0, 1.0), "mean": (0.5, 0.25, 0.0), "std": (0.2, 0.4, 0.8)}
+    teacher = build(kind="saved_model", path=str(saved), **declared)
+    wanted = ((-1 + IMAGES.astype(np.float64) / 255 * 2) - np.array([0.5, 0.25, 0.0])) / np.array([0.2, 0.4, 0.8])
+    np.testing.assert_allclose(teacher.logits(tf.constant(IMAGES)), expected(wanted), rtol=1e-4, atol=1e-3)
+    assert teacher.describe().endswith("8 px in [-1, 1], mean (0.5, 0.25, 0), std (0.2, 0.4, 0.8)")
+    assert teachers.preprocessing(config(kind="saved_model", path="absent", **declared)) == {
+        "teacher.image_size": 0,
+        "teacher.range": [-1.0, 1.0],
+        "teacher.mean": [0.5, 0.25, 0.0],
+        "teacher.std": [0.2, 0.4, 0.8],
+        "teacher.channels": "RGB",
+        "teacher.background": False,
+    }
+
+
+def test_a_raw_picture_is_passed_on_bit_by_bit_and_bgr_only_turned():
+    picture = tf.constant(np.random.default_rng(0).uniform(0, 255, (2, SIZE, SIZE, 3)).astype(np.float32))
+    for size in (SIZE, 0):
+        assert base.Input(size).apply(picture) is picture
+    turned = base.Input(SIZE, channels="BGR").apply(picture)
+    np.testing.assert_array_equal(turned, picture.numpy()[..., ::-1])
+
+
+def test_the_background_is_cut_off_and_not_counted(saved):
+    teacher = build(kind="saved_model", path=str(saved), background=True, classes=("b", "c"))
+    np.testing.assert_allclose(teacher.logits(tf.constant(IMAGES)), expected(IMAGES)[:, 1:], rtol=1e-4, atol=0.05)
+    assert teacher.num_classes == 2
+    with pytest.raises(errors.UserError, match=r"has 2 classes, it must have the data's 3"):
+        build(kind="saved_model", path=str(saved), background=True)
+
+
+def test_class_names_are_compared_by_name_and_do_not_belong_to_the_identity(saved, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb \nc\n\n\n")
+    teacher = build(kind="saved_model", path=str(saved), class_names=str(names))
+    assert teacher.classes == ("a", "b", "c")
+    assert teacher.identity == build(kind="saved_model", path=str(saved)).identity
+    with pytest.raises(errors.UserError, match=r"class 1 of .* is 'b', it must be the data's 'c'"):
+        build(kind="saved_model", path=str(saved), class_names=str(names), classes=("a", "c", "b"))
+    with pytest.raises(errors.UserError, match=r"teacher.class_names \(.*names.txt'\) has 3 names, .* has 2"):
+        build(kind="saved_model", path=str(saved), class_names=str(names), background=True, classes=("a", "b"))
+    lost = config(kind="saved_model", path=str(saved), class_names=str(tmp_path / "none.txt"))
+    with pytest.raises(errors.UserError, match=r"^teacher.class_names \(.*none.txt'\): .* can't be read: No such file"):
+        teachers.check(lost)
 
 
 def test_a_saved_model_outlives_its_loading_in_a_graph_and_lets_no_gradient_pass(saved):
@@ -126,13 +146,26 @@ def test_a_callable_without_signature_is_called_in_inference_mode(tmp_path):
 
 
 def test_two_outputs_are_refused_by_name(tmp_path):
-    module = StandIn(["logits", "features"])
-    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
-    with pytest.raises(errors.UserError, match=r"one output, it gives .*'features', 'logits'"):
+    stand_ins.save(tmp_path / "m", outputs=("logits", "features"))
+    with pytest.raises(errors.UserError, match=r"m'\) must give one output, it gives features, logits$"):
         build(kind="saved_model", path=str(tmp_path / "m"))
 
 
-def test_another_number_of_classes_is_refused(saved):
+def test_a_model_without_output_or_without_a_way_in_is_one_line(tmp_path):
+    stand_ins.save(tmp_path / "mute", outputs=())
+    with pytest.raises(errors.UserError, match=r"^teacher.path .*mute'\) must give one output, it gives none$"):
+        build(kind="saved_model", path=str(tmp_path / "mute"))
+    module = stand_ins.StandIn()
+    tf.saved_model.save(module, str(tmp_path / "other"), signatures={"classify": module.serve})
+    with pytest.raises(
+        errors.UserError, match=r"serving_default of one input or be callable; its signatures: classify"
+    ):
+        build(kind="saved_model", path=str(tmp_path / "other"))
+
+
+def test_more_and_fewer_classes_than_the_data_s_are_refused(saved):
+    with pytest.raises(errors.UserError, match=r"has 3 classes, it must have the data's 2"):
+        build(kind="saved_model", path=str(saved), classes=("a", "b"))
     with pytest.raises(errors.UserError, match=r"has 3 classes, it must have the data's 4"):
         build(kind="saved_model", path=str(saved), classes=("a", "b", "c", "d"))
 
@@ -148,16 +181,12 @@ def test_paths_that_hold_no_saved_model_are_refused(tmp_path, saved):
     with pytest.raises(errors.UserError, match=r"must hold one SavedModel: 0 saved_model.pb"):
         build(kind="saved_model", path=str(tmp_path))
     (tmp_path / "text.zip").write_text("not a zip")
-    with pytest.raises(errors.UserError, match=r"can't be unpacked as a zip"):
+    with pytest.raises(errors.UserError, match=r"can't be unpacked as a zip, tar or tar.gz: "):
         build(kind="saved_model", path=str(tmp_path / "text.zip"))
     damaged = Path(shutil.copytree(saved, tmp_path / "damaged"))
     (damaged / "saved_model.pb").write_bytes((damaged / "saved_model.pb").read_bytes()[:-100])
     with pytest.raises(errors.UserError, match=r"can't be loaded"):
         build(kind="saved_model", path=str(damaged))
-
-
-def describe(num_classes=3, **teacher):
-    return teachers.describe(config(**teacher), num_classes)
 
 
 def test_a_saved_model_s_identity_is_that_of_its_files(saved, tmp_path):
@@ -171,36 +200,9 @@ def test_a_saved_model_s_identity_is_that_of_its_files(saved, tmp_path):
         digest.update(hashlib.sha256((copy / name).read_bytes()).digest())
     assert teacher.identity == digest.hexdigest()
     assert build(kind="saved_model", path=str(saved)).identity == teacher.identity  # wherever it lies
+    assert identity(kind="saved_model", path=str(copy)) == teacher.identity
     (copy / "assets" / "labels.txt").write_text("x")
     assert build(kind="saved_model", path=str(copy)).identity != teacher.identity
-
-
-def test_a_zip_s_identity_is_its_sha256_and_a_damaged_stream_is_one_line(archive, tmp_path):
-    data = archive.read_bytes()
-    assert build(kind="saved_model", path=str(archive)).identity == hashlib.sha256(data).hexdigest()
-    with zipfile.ZipFile(archive) as file:
-        member = max(file.infolist(), key=lambda info: info.compress_size)
-    start = member.header_offset + 30 + len(member.filename)
-    for filling in (b"\xff", b"\x00"):
-        bad = tmp_path / f"bad{filling[0]}.zip"
-        bad.write_bytes(data[:start] + filling * member.compress_size + data[start + member.compress_size :])
-        with pytest.raises(errors.UserError, match=r"can't be unpacked as a zip: ") as caught:
-            build(kind="saved_model", path=str(bad))
-        assert "\n" not in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name.startswith("bad")] == []
-
-
-def test_a_teacher_file_that_may_not_be_read_is_one_line_with_its_path(archive, monkeypatch):
-    def denied(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr("deit.workdir.describe", denied)
-    with pytest.raises(errors.UserError, match=rf"^teacher.path .*{archive} can't be read: Permission denied$"):
-        build(kind="saved_model", path=str(archive))
-    monkeypatch.undo()
-    for call in (build, lambda **teacher: teachers.check(config(**teacher))):
-        with pytest.raises(errors.UserError, match=r"^teacher.path .* can't be read: File name too long$"):
-            call(kind="saved_model", path=str(archive.parent / ("x" * 300)))
 
 
 def test_check_refuses_what_the_files_show_and_touches_nothing(saved, archive, tmp_path):
@@ -227,166 +229,21 @@ def test_check_refuses_what_the_files_show_and_touches_nothing(saved, archive, t
 
 def test_the_plan_s_line_counts_what_is_there_and_writes_nothing(saved, archive, cache):
     assert describe(kind="none") == "none"
-    assert describe(kind="saved_model", path=str(saved)) == f"{saved}, {KERNEL.size} parameters"
+    size = f"{KERNEL.size} parameters, 8 px in [0, 255]"
+    assert describe(kind="saved_model", path=str(saved)) == f"{saved}, {size}"
     before = f"{archive}: not unpacked, parameters not checked"
     assert describe(kind="saved_model", path=str(archive)) == before
     assert [file.name for file in archive.parent.iterdir()] == ["teacher.zip"]
     build(kind="saved_model", path=str(archive))
-    assert describe(kind="saved_model", path=str(archive)) == f"{archive}, {KERNEL.size} parameters"
+    assert describe(kind="saved_model", path=str(archive)) == f"{archive}, {size}"
     url = "https://example.invalid/t.zip"
     assert describe(kind="saved_model", path=url) == f"{url}: not downloaded, parameters not checked"
     assert not cache.exists()
 
 
-@contextlib.contextmanager
-def server(directory, *, cut=0):
-    """Serve a directory on loopback, each answer `cut` bytes short; yield (url, paths asked for)."""
-    requests = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(directory))
-
-        def do_GET(self):
-            requests.append(self.path)
-            file = Path(directory) / self.path[1:]
-            if not file.is_file():
-                return self.send_error(404)
-            body = file.read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) - cut])
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}", requests
-        httpd.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DEIT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_a_url_is_downloaded_once_and_its_sha256_recorded(zipped, cache):
-    with server(zipped.parent) as (url, requests):
-        path = f"{url}/{zipped.name}"
-        assert_is_stand_in(build(kind="saved_model", path=path))
-        assert_is_stand_in(build(kind="saved_model", path=path))
-        assert requests == [f"/{zipped.name}"]
-    assert_is_stand_in(build(kind="saved_model", path=path))  # and with the server gone
-    (record,) = cache.glob("*.sha256")
-    assert len(record.read_text().split()[0]) == 64
-    assert not list(cache.glob("*.part-*")) + list(cache.glob("*.tmp-*"))
-
-
-def test_a_download_that_breaks_off_leaves_nothing_and_a_missing_file_says_so(zipped, cache):
-    with server(zipped.parent, cut=7) as (url, _):
-        with pytest.raises(errors.UserError, match=r"the connection ended after|IncompleteRead"):
-            build(kind="saved_model", path=f"{url}/{zipped.name}")
-        with pytest.raises(errors.UserError, match=r"can't be downloaded: HTTP Error 404.*give its path"):
-            build(kind="saved_model", path=f"{url}/none.zip")
-    assert not list(cache.iterdir())
-
-
-def test_content_that_changed_since_its_first_use_is_refused(archive):
-    assert_is_stand_in(build(kind="saved_model", path=str(archive)))
-    with zipfile.ZipFile(archive, "a") as file:
-        file.writestr("more.txt", "more")
-    with pytest.raises(errors.UserError, match=r"changed: its sha256 is"):
-        build(kind="saved_model", path=str(archive))
-
-
-def test_a_pinned_sha256_must_match_before_anything_is_unpacked(archive):
-    with pytest.raises(errors.UserError, match=r"teacher.sha256 .0{64}. must be that of"):
-        build(kind="saved_model", path=str(archive), sha256="0" * 64)
-    assert [file.name for file in archive.parent.iterdir()] == ["teacher.zip"]
-
-
-def link(name, target):
-    info = zipfile.ZipInfo(name)
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return info, target
-
-
-@pytest.mark.parametrize(
-    "member", [("../out.txt", "x"), ("/tmp/deit-out.txt", "x"), ("in/../../out.txt", "x"), link("l", "/etc")]
-)
-def test_zip_members_that_lead_outside_are_refused(tmp_path, member):
-    path = tmp_path / "inner" / "evil.zip"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("saved_model.pb", "x")
-        file.writestr(*member)
-    with pytest.raises(errors.UserError, match=r"must be a relative path, no link, no \.\."):
-        build(kind="saved_model", path=str(path))
-    assert not (tmp_path / "out.txt").exists() and not Path("/tmp/deit-out.txt").exists()
-    assert [file.name for file in path.parent.iterdir() if file.is_dir()] == []
-
-
-@pytest.fixture(scope="module")
-def mobilenet(tmp_path_factory):
-    network = keras.applications.MobileNet(weights=None, input_shape=(32, 32, 3), classes=3, classifier_activation=None)
-    rng = np.random.default_rng(0)
-    for variable in network.variables:
-        if "moving_mean" in variable.name:
-            variable.assign(rng.normal(0, 0.1, variable.shape))
-    path = tmp_path_factory.mktemp("weights") / "mobilenet.h5"
-    network.save_weights(str(path))
-    return network, path
-
-
-def test_a_keras_application_preprocesses_for_itself_and_keeps_its_statistics(mobilenet):
-    network, path = mobilenet
-    teacher = build(kind="keras_application", name="MobileNet", weights=str(path), image_size=32)
-    images = np.random.default_rng(3).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
-    answers = network(images / 127.5 - 1, training=False)
-    first, alone = teacher.logits(tf.constant(images)), teacher.logits(tf.constant(images[:1]))
-    assert np.ptp(answers) > 1e-3
-    np.testing.assert_allclose(first, answers, atol=1e-5)
-    np.testing.assert_allclose(alone, answers[:1], atol=1e-5)  # whatever else is in the batch
-    assert teacher.parameters == network.count_params()
-    assert teacher.num_classes == 3
-    assert teacher.identity == f"MobileNet {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    line = describe(kind="keras_application", name="MobileNet", weights=str(path), image_size=32)
-    assert f"MobileNet ({path}), {network.count_params():,} parameters" in line
-
-
-def test_an_application_that_cannot_be_built_is_one_line(mobilenet, tmp_path):
-    _, path = mobilenet
-    with pytest.raises(errors.UserError, match=r"'ResNet51'.*nearest: ResNet50"):
-        build(kind="keras_application", name="ResNet51")
-    with pytest.raises(errors.UserError, match=r"has 1000 classes, the data has 3"):
-        build(kind="keras_application", name="ResNet50", weights="imagenet")
-    with pytest.raises(errors.UserError, match=r"teacher.weights .*none.h5.* must be imagenet or"):
-        build(kind="keras_application", name="ResNet50", weights=str(tmp_path / "none.h5"))
-    with pytest.raises(errors.UserError, match=r"VGG16\) with teacher.weights .* can't be built"):
-        build(kind="keras_application", name="VGG16", weights=str(path), image_size=32)
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """A run with one checkpoint of a small network: (workdir, network)."""
-    c = template.get_config()
-    c.data.image_size, c.model.variant, c.model.seed = 16, "deit_micro_distilled_patch4_32", 5
-    c = configuration.resolve(c, train_size=512, eval_size=8, classes=CLASSES, replicas=1)
-    network = factory.build(c.model, num_classes=3, image_size=16, precision="float32")
-    rng = np.random.default_rng(0)
-    for _, variable in paths.variables(network.model):
-        variable.assign(variable + rng.normal(0, 0.05, variable.shape))  # no longer the initial weights
-    tensors = {f"student/{path}": variable.numpy() for path, variable in paths.variables(network.model)}
-    workdir = tmp_path_factory.mktemp("run") / "teacher"
-    saver = checkpoint.Saver(workdir, config_json=configuration.to_json(c), keep=1, versions={})
-    saver.save(3, tensors, metrics={})
-    saver.join()
-    return workdir, network
+    return stand_ins.finished_run(tmp_path_factory.mktemp("run") / "teacher")
 
 
 @pytest.mark.parametrize("kind", ["run", "train"])
@@ -398,9 +255,56 @@ def test_a_run_teaches_with_the_fused_logits_of_its_newest_checkpoint(finished_r
     np.testing.assert_allclose(teacher.logits(tf.constant(images)), (outputs["cls"] + outputs["dist"]) / 2, atol=1e-5)
     assert teacher.classes == CLASSES
     assert teacher.parameters == network.model.count_params()
-    assert teacher.image_size == 16
+    assert teacher.input == base.Input(16)  # the model scales for itself
     tensors, manifest = checkpoint.read(checkpoint.locate(workdir))
     assert teacher.identity == manifest["state_sha256"] == checkpoint.state_sha256(tensors)
+    assert identity(kind=kind, path=str(workdir), workdir=workdir.parent) == teacher.identity
+
+
+def test_an_archive_that_is_pinned_and_absent_has_the_pin_for_identity(archive, tmp_path, cache):
+    pin = "AB" * 32
+    for path in ("https://example.invalid/t.zip", str(tmp_path / "none.zip")):
+        assert identity(kind="saved_model", path=path, sha256=pin) == pin.lower()
+        cached = config(kind="saved_model", path=path, sha256=pin, cache="read", cache_dir="x")
+        teachers.check(cached)
+    assert not cache.exists()
+    with pytest.raises(errors.UserError, match=r"none.zip'\) must be an existing"):
+        build(kind="saved_model", path=str(tmp_path / "none.zip"), sha256=pin)
+    with pytest.raises(errors.UserError, match=r"teacher.path .*none.zip can't be read: No such file"):
+        identity(kind="saved_model", path=str(tmp_path / "none.zip"))
+    with pytest.raises(errors.UserError, match=r"teacher.sha256 .* must be that of"):
+        identity(kind="saved_model", path=str(archive), sha256=pin)
+    assert identity(kind="saved_model", path=str(archive)) == hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert identity(kind="none") == "" and teachers.preprocessing(config(kind="none")) == {}
+
+
+def test_what_a_run_makes_of_a_picture_is_in_its_configuration(finished_run):
+    workdir, _ = finished_run
+    found = teachers.preprocessing(config(kind="run", path=str(workdir)))
+    assert found["teacher.image_size"] == 16 and found["teacher.model.mean"] == list(template.get_config().model.mean)
+    c = config(kind="train")
+    c.teacher.train = template.get_config()
+    c.teacher.train.data.image_size = 16
+    assert teachers.preprocessing(c) == found == json.loads(json.dumps(found))
+
+
+def test_a_run_computes_in_the_teacher_s_precision_and_else_in_the_student_s(finished_run):
+    workdir, _ = finished_run
+    images = tf.constant(np.random.default_rng(4).integers(0, 256, (3, 16, 16, 3)).astype(np.float32))
+
+    def answers(precision, own):
+        c = config(kind="run", path=str(workdir), precision=own)
+        c.precision = precision
+        return teachers.build(c, classes=CLASSES, workdir=workdir.parent).logits(images).numpy()
+
+    exact, low = answers("float32", ""), answers("mixed_bfloat16", "")
+    assert 0 < np.abs(exact - low).max() < 0.1
+    np.testing.assert_array_equal(answers("mixed_bfloat16", "float32"), exact)
+    np.testing.assert_array_equal(answers("float32", "mixed_bfloat16"), low)
+    with pytest.raises(
+        errors.UserError, match=r"teacher.precision \('float32'\) must be empty where precision is 'tf32'"
+    ):
+        answers("tf32", "float32")
 
 
 def test_a_run_that_is_not_finished_teaches_with_a_warning(finished_run, caplog):
@@ -413,7 +317,7 @@ def test_a_run_that_is_not_finished_teaches_with_a_warning(finished_run, caplog)
 def test_the_plan_s_line_on_a_run_or_a_teacher_to_be_trained_counts_its_network(finished_run, tmp_path):
     workdir, network = finished_run
     teachers.check(config(kind="run", path=str(workdir)))
-    size = f"deit_micro_distilled_patch4_32, {network.model.count_params():,} parameters"
+    size = f"deit_micro_distilled_patch4_32, {network.model.count_params():,} parameters, 16 px in [0, 255]"
     assert describe(kind="run", path=str(workdir)) == f"{workdir}: {size}"
     assert describe(kind="run", path=str(tmp_path / "no")) == f"{tmp_path / 'no'}: absent"
     c = config(kind="train")
@@ -430,47 +334,3 @@ def test_a_run_with_the_same_classes_in_another_order_is_refused(finished_run):
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(errors.UserError, match=r"teacher.path .*is no run"):
         build(kind="run", path=str(tmp_path))
-
-
-def batches():
-    """Four images in two batches; the answer is the brightest channel; the last row has weight 0."""
-    images = np.zeros((4, SIZE, SIZE, 3), np.uint8)
-    for row, channel in enumerate((0, 2, 1, 0)):
-        images[row, ..., channel] = 200
-    labels, weights = np.array([0, 2, 0, 1], np.int32), np.array([1, 1, 1, 0], np.float32)
-    return [
-        {
-            "image": tf.constant(images[i : i + 2]),
-            "label": tf.constant(labels[i : i + 2]),
-            "weight": tf.constant(weights[i : i + 2]),
-        }
-        for i in (0, 2)
-    ]
-
-
-def brightest(scale=1.0):
-    return base.Teacher("brightest", lambda x: scale * tf.reduce_mean(x, [1, 2]), SIZE, 3, 0, None, "")
-
-
-def test_the_report_counts_rows_of_weight_above_zero_and_keeps_the_labels_of_all():
-    found = report.measure(brightest(), batches(), CLASSES)
-    assert found.labels.tolist() == [0, 2, 1, 0]
-    assert found.metrics["teacher/top1"] == pytest.approx(2 / 3)
-    assert found.metrics["teacher/images"] == 3
-    assert found.metrics["teacher/recall/a"] == 0.5  # rows 0 and 2 are a, row 2 is taken for b
-    assert found.metrics["teacher/recall/c"] == 1.0
-    assert "teacher/recall/b" not in found.metrics  # its only row has weight 0
-
-
-def test_the_gate_lets_pass_at_the_bound_and_names_both_numbers_below():
-    found = report.Report({"teacher/top1": 0.75, "teacher/images": 8.0}, np.zeros(8, np.int32))
-    report.gate(found, 0.75)
-    with pytest.raises(errors.UserError, match=r"teacher.min_accuracy \(0.76\).*\(0.7500 of 8 images\)"):
-        report.gate(found, 0.76)
-
-
-def test_logits_that_are_not_finite_and_an_empty_split_are_refused():
-    with pytest.raises(errors.UserError, match=r"not finite"):
-        report.measure(brightest(float("nan")), batches(), CLASSES)
-    with pytest.raises(errors.UserError, match=r"data.eval_split"):
-        report.measure(brightest(), [], CLASSES)

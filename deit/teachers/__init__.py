@@ -1,10 +1,11 @@
-"""Teachers: a SavedModel, a network of keras.applications, or a run of ours, behind one `Teacher`."""
+"""Teachers: a SavedModel, a network of keras.applications, a run of ours, or several of them, behind one `Teacher`."""
 
 from pathlib import Path
 
-from deit.teachers import base, keras_application, run, saved_model
+from deit.teachers import base, ensemble, run
 
 Teacher = base.Teacher
+Input = base.Input
 
 
 def build(config, *, classes: tuple[str, ...], workdir: Path) -> Teacher | None:
@@ -14,9 +15,10 @@ def build(config, *, classes: tuple[str, ...], workdir: Path) -> Teacher | None:
     main.py finished in `workdir`/teacher. Call it inside `strategy.scope()`.
     Errors: UserError for a path that is none, a network that can't be built, other classes than the data's.
     """
-    teacher = _KINDS[config.teacher.kind](config, classes, Path(workdir))
-    if teacher is not None:
-        base.check_classes(teacher, classes)
+    if config.teacher.kind == "none":
+        return None
+    teacher = _KINDS[config.teacher.kind].build(config, classes=tuple(classes), workdir=Path(workdir))
+    base.check_classes(teacher, classes)
     return teacher
 
 
@@ -25,7 +27,9 @@ def check(config) -> None:
 
     A URL and a teacher that is yet to be trained are not looked at.
     """
-    _CHECKS[config.teacher.kind](config)
+    if config.teacher.kind != "none":
+        base.precision(config)
+        _KINDS[config.teacher.kind].check(config)
 
 
 def describe(config, num_classes: int) -> str:
@@ -33,29 +37,29 @@ def describe(config, num_classes: int) -> str:
 
     `num_classes` is the data's. Errors: UserError where what is there can't be built or loaded.
     """
-    return _DESCRIPTIONS[config.teacher.kind](config, num_classes)
+    return "none" if config.teacher.kind == "none" else _KINDS[config.teacher.kind].describe(config, num_classes)
 
 
-_KINDS = {
-    "none": lambda config, classes, workdir: None,
-    "saved_model": lambda config, classes, workdir: saved_model.build(config),
-    "keras_application": lambda config, classes, workdir: keras_application.build(config, classes=classes),
-    "run": lambda config, classes, workdir: run.build(config.teacher.path, precision=config.precision),
-    "train": lambda config, classes, workdir: run.build(workdir / "teacher", precision=config.precision),
-}
+def identity(config, *, workdir: Path) -> str:
+    """Return `build(...).identity` without building or loading a network; "" where teacher.kind is none.
 
-_CHECKS = {
-    "none": lambda config: None,
-    "saved_model": lambda config: saved_model.check(config.teacher),
-    "keras_application": lambda config: keras_application.check(config.teacher),
-    "run": lambda config: run.check(config.teacher.path),
-    "train": lambda config: None,
-}
+    It is what the files say: sha256 of an archive or a directory's files, state_sha256 of a run's newest checkpoint,
+    name and weights of an application, all of these of an ensemble. An archive that is absent has the sha256 that pins
+    it; one behind a URL that nothing pins is downloaded. Errors: UserError.
+    """
+    if config.teacher.kind == "none":
+        return ""
+    return _KINDS[config.teacher.kind].identity(config, workdir=Path(workdir))
 
-_DESCRIPTIONS = {
-    "none": lambda config, num_classes: "none",
-    "saved_model": lambda config, num_classes: saved_model.describe(config),
-    "keras_application": keras_application.describe,
-    "run": lambda config, num_classes: run.describe(config.teacher.path),
-    "train": lambda config, num_classes: f"train: {run.network_line(config.teacher.train, num_classes)}",
-}
+
+def preprocessing(config) -> dict[str, object]:
+    """Return what decides how the teacher sees a picture in [0, 255]: {dotted name: value}, ready for JSON.
+
+    Together with `identity` and the picture it decides the logits, up to rounding. Nothing is built; of a run the
+    configuration is read. Errors: UserError.
+    """
+    return {} if config.teacher.kind == "none" else _KINDS[config.teacher.kind].preprocessing(config)
+
+
+# Each has the five functions above.
+_KINDS = {**ensemble.KINDS, "train": run, "ensemble": ensemble}

@@ -3,10 +3,68 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
 from deit import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a network wants a picture to be: x of [0, 255] becomes (low + x / 255 * (high - low) - mean) / std.
+
+    Attributes:
+      size: px, the side of the square; 0 = whatever the picture has.
+      range: (low, high).
+      mean, std: a number for each channel, in the order of `channels`.
+      channels: RGB or BGR.
+    """
+
+    size: int
+    range: tuple[float, float] = (0.0, 255.0)
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    channels: str = "RGB"
+
+    def apply(self, images: tf.Tensor) -> tf.Tensor:
+        """Return float32 images [B, S, S, 3] in [0, 255], RGB, as the network wants them: [B, size, size, 3].
+
+        Another size is resized (bilinear, antialias). What is wanted as it is passes bit by bit.
+        """
+        if self.size and tuple(images.shape[1:3]) != (self.size, self.size):
+            images = tf.image.resize(images, [self.size, self.size], method="bilinear", antialias=True)
+        if self.channels == "BGR":
+            images = images[..., ::-1]
+        (low, high), mean, std = self.range, np.float64(self.mean), np.float64(self.std)
+        factor, offset = (high - low) / 255 / std, (low - mean) / std  # one product and one sum a pixel
+        if (factor == 1).all() and (offset == 0).all():
+            return images
+        return images * tf.constant(factor, tf.float32) + tf.constant(offset, tf.float32)
+
+    def describe(self) -> str:
+        """Return it for people: `299 px in [-1, 1]`, then what else is not plain."""
+        low, high = self.range
+        parts = [f"{self.size} px in [{low:g}, {high:g}]", "" if self.channels == "RGB" else self.channels]
+        parts.append(f"mean {_listed(self.mean)}" if any(self.mean) else "")
+        parts.append(f"std {_listed(self.std)}" if set(self.std) != {1.0} else "")
+        return ", ".join(filter(None, parts))
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return f"({', '.join(f'{number:g}' for number in numbers)})"
+
+
+def fields(wanted: Input) -> dict[str, object]:
+    """Return an Input under the names of the configuration, as JSON would give it back."""
+    return {
+        "teacher.image_size": wanted.size,
+        "teacher.range": [float(number) for number in wanted.range],
+        "teacher.mean": [float(number) for number in wanted.mean],
+        "teacher.std": [float(number) for number in wanted.std],
+        "teacher.channels": wanted.channels,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +73,8 @@ class Teacher:
 
     Attributes:
       name: what it is, for people.
-      forward: float32 images [B, size, size, 3] in [0, 255] -> logits [B, C].
-      image_size: px, the side of the square input that `forward` wants.
+      forward: float32 images [B, size, size, 3] as `input` declares them -> logits [B, C].
+      input: what `forward` wants.
       num_classes: C.
       parameters: how many numbers it holds, statistics of batch normalisation included.
       classes: its class names in the order of the logits, None where it does not know them.
@@ -25,25 +83,27 @@ class Teacher:
 
     name: str
     forward: Callable[[tf.Tensor], tf.Tensor]
-    image_size: int
+    input: Input
     num_classes: int
     parameters: int
     classes: tuple[str, ...] | None
     identity: str
 
     def logits(self, images: tf.Tensor) -> tf.Tensor:
-        """Return logits [B, C] float32 of images [B, S, S, 3] float32 in [0, 255] of any size S.
+        """Return logits [B, C] float32 of images [B, S, S, 3] float32 in [0, 255], RGB, of any size S.
 
-        Another size than its own is resized (bilinear, antialias). No gradient passes.
+        No gradient passes.
         """
-        size = self.image_size
-        if tuple(images.shape[1:3]) != (size, size):
-            images = tf.image.resize(images, [size, size], method="bilinear", antialias=True)
-        return tf.stop_gradient(tf.cast(self.forward(images), tf.float32))
+        return tf.stop_gradient(tf.cast(self.forward(self.input.apply(images)), tf.float32))
 
     def describe(self) -> str:
         """Return one line for the plan."""
-        return f"{self.name}, {self.parameters:,} parameters, {self.image_size} px"
+        return described(f"{self.name}, {self.parameters:,} parameters", self.input)
+
+
+def described(line: str, wanted: Input) -> str:
+    """Return a line on a network, and what it wants its input to be unless it takes all."""
+    return f"{line}, {wanted.describe()}" if wanted.size else line
 
 
 def check_classes(teacher: Teacher, classes: tuple[str, ...]) -> None:
@@ -57,6 +117,38 @@ def check_classes(teacher: Teacher, classes: tuple[str, ...]) -> None:
         raise errors.UserError(
             f"teacher.kind: class {i} of {teacher.name} is {teacher.classes[i]!r}, it must be the data's {classes[i]!r}"
         )
+
+
+def class_names(path: str) -> tuple[str, ...] | None:
+    """Return the lines of teacher.class_names, blank ones at the end left out; None for no path. Errors: UserError."""
+    if not path:
+        return None
+    with readable(f"teacher.class_names ({path!r})"):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").rstrip().splitlines()
+        except UnicodeDecodeError:
+            raise errors.UserError(f"teacher.class_names ({path!r}) must be UTF-8 text, one name a line") from None
+    return tuple(line.strip() for line in lines)
+
+
+def named(path: str, name: str, num_classes: int) -> tuple[str, ...] | None:
+    """Return the class names of a network from teacher.class_names. Errors: UserError unless it has one for each."""
+    names = class_names(path)
+    if names is not None and len(names) != num_classes:
+        raise errors.UserError(f"teacher.class_names ({path!r}) has {len(names)} names, {name} has {num_classes}")
+    return names
+
+
+def precision(config) -> str:
+    """Return what a network that is built here computes in: teacher.precision, or the student's where that is empty.
+
+    Errors: UserError where float32 is asked of a process that rounds float32 products to TF32 for its student.
+    """
+    if config.teacher.precision == "float32" and config.precision == "tf32":
+        raise errors.UserError(
+            "teacher.precision ('float32') must be empty where precision is 'tf32': TF32 is on for the whole process"
+        )
+    return config.teacher.precision or config.precision
 
 
 @contextlib.contextmanager

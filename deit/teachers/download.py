@@ -4,19 +4,25 @@ Promises: a file or directory under its final name is complete, because it gets 
 that differs from what was pinned or seen at first use is refused before it is unpacked.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import lzma
 import os
 import re
 import shutil
 import stat
+import tarfile
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import tqdm
 from absl import logging
@@ -28,7 +34,9 @@ from deit.teachers import base
 TIMEOUT = 60  # seconds without a byte
 BLOCK = 1 << 20
 # What zipfile lets through: RuntimeError is an encrypted member, zlib.error and EOFError a damaged stream.
-_DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
+_DAMAGE = (
+    *(OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError),
+)
 
 
 def cache() -> Path:
@@ -107,41 +115,88 @@ def check_sha256(path: Path, pinned: str) -> str:
 
 
 def unpacked(path: Path, sha256: str) -> Path:
-    """Return the directory beside a zip that holds, or would hold, its content."""
+    """Return the directory beside an archive that holds, or would hold, its content."""
     return path.with_name(f"{path.name}-{sha256[:12]}")
 
 
 def unpack(path: Path, sha256: str) -> Path:
-    """Return the directory that holds a zip's content, beside it; unpacked unless it is there.
+    """Return the directory that holds an archive's content, beside it; unpacked unless it is there.
 
-    Errors: UserError for what is no zip or a damaged one, for members with an absolute path, `..` or a
-    symbolic link.
+    Errors: UserError for what is no zip, tar or tar.gz or a damaged one, for members with an absolute path or `..`,
+    and for what is neither file nor directory (a link, a device).
     """
     target = unpacked(path, sha256)
     with base.readable(f"teacher.path ({path})"):
         if target.is_dir():
             return target
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
+        with _members(path) as members:
+            for member in members:
                 _check_member(path, member)
             temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.tmp-", dir=path.parent))
             try:
-                for member in archive.infolist():
-                    archive.extract(member, temporary)
+                for member in members:
+                    _write(member, temporary)
                 temporary.rename(target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except _DAMAGE as error:
         if not target.is_dir():  # another process may have been faster
-            raise errors.UserError(f"teacher.path ({path}) can't be unpacked as a zip: {error}") from error
+            raise errors.UserError(
+                f"teacher.path ({path}) can't be unpacked as a zip, tar or tar.gz: {error}"
+            ) from error
     return target
 
 
-def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
-    parts = PurePosixPath(member.filename.replace("\\", "/"))
-    link = stat.S_ISLNK(member.external_attr >> 16)
-    if link or parts.is_absolute() or ".." in parts.parts:
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """A member of an archive: its name as written there, `file`, `directory` or another kind, and its bytes."""
+
+    name: str
+    kind: str
+    open: Callable[[], IO[bytes]]
+
+
+@contextlib.contextmanager
+def _members(path: Path) -> Iterator[list[_Member]]:
+    """Yield what is in an archive, whose kind is seen from its first bytes: TF-Hub's URLs end in no suffix."""
+    with open(path, "rb") as file:
+        first = file.read(4)
+    if first.startswith(b"PK"):
+        with zipfile.ZipFile(path) as archive:
+            yield [_Member(info.filename, _kind(info), partial(archive.open, info)) for info in archive.infolist()]
+        return
+    with tarfile.open(path, "r:gz" if first.startswith(b"\x1f\x8b") else "r:") as archive:
+        kinds = [(info, "file" if info.isreg() else "directory" if info.isdir() else "special") for info in archive]
+        archive.fileobj.seek(archive.offset)
+        if any(archive.fileobj.read(tarfile.BLOCKSIZE) or b"x"):  # a damaged header ends a tar without an error
+            raise tarfile.ReadError(f"its end mark is missing at byte {archive.offset}")
+        yield [_Member(info.name, kind, partial(archive.extractfile, info)) for info, kind in kinds]
+
+
+def _kind(info: zipfile.ZipInfo) -> str:
+    mode = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive was not made on Unix
+    if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "special"
+    return "directory" if info.is_dir() else "file"
+
+
+def _check_member(path: Path, member: _Member) -> None:
+    # Not left to tarfile's filters: Python 3.10 and 3.11 have them only from some patch release on.
+    parts = PurePosixPath(member.name.replace("\\", "/"))
+    if member.kind == "special" or parts.is_absolute() or ".." in parts.parts:
         raise errors.UserError(
-            f"teacher.path ({path}): its member {member.filename!r} must be a relative path, no link, no .."
+            f"teacher.path ({path}): its member {member.name!r} must be a file or directory with a relative path, "
+            "no link, no device, no .."
         )
+
+
+def _write(member: _Member, directory: Path) -> None:
+    """Write a checked member with this process's default rights; links can't be in the way: none is ever made."""
+    target = directory / member.name
+    if member.kind == "directory":
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with member.open() as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, BLOCK)

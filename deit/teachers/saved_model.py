@@ -1,9 +1,10 @@
-"""A TensorFlow SavedModel as a teacher: a directory, a zip of one, or the URL of such a zip.
+"""A TensorFlow SavedModel as a teacher: a directory, an archive of one, or the URL of such an archive.
 
 A SavedModel is a program: loading one runs what its author wrote. Pin what you trust with teacher.sha256.
 """
 
 import hashlib
+from concurrent import futures
 from pathlib import Path
 
 import tensorflow as tf
@@ -11,41 +12,37 @@ from absl import logging
 
 from deit import errors
 from deit import workdir as run_directory
-from deit.teachers import base, download
-
-SIGNATURE = "serving_default"
+from deit.teachers import base, download, precision, signatures
 
 
-def build(config) -> base.Teacher:
-    """Return the SavedModel at teacher.path, which takes raw [0, 255] images and gives logits.
+def build(config, *, classes: tuple[str, ...], workdir: Path) -> base.Teacher:
+    """Return the SavedModel at teacher.path, fed as teacher.range, mean and std say, which gives logits.
 
-    Its input is teacher.image_size px; where that is 0, what its signature fixes, else data.image_size.
+    Its input is teacher.image_size px; where that is 0, what its signature fixes, else data.image_size. It computes in
+    the dtypes that it was saved with unless teacher.precision names a lower one.
     Errors: UserError where the path holds no SavedModel, or the model does not take images and give [B, C].
     """
-    check(config.teacher)
-    directory, identity = locate(config.teacher.path, config.teacher.sha256)
-    return _load(config, directory, identity)
-
-
-def check(teacher) -> None:
-    """Raise UserError for a local teacher.path that is absent, or a directory that teacher.sha256 can't pin."""
-    path = teacher.path
-    if _is_url(path):
-        return
-    with base.readable(f"teacher.path ({path})"):
-        if not (Path(path).is_dir() or Path(path).is_file()):
-            raise errors.UserError(
-                f"teacher.path ({path!r}) must be an existing SavedModel directory or zip of one, "
-                "or the http(s) URL of a zip"
-            )
-        if teacher.sha256 and Path(path).is_dir():
-            raise errors.UserError("teacher.sha256 must be empty where teacher.path is a directory: it pins a zip")
-
-
-def describe(config) -> str:
-    """Return path and size of the model where it is there to be loaded; downloads, unpacks and writes nothing."""
+    _check(config.teacher, may_be_absent=False)
     path = config.teacher.path
-    file = download.location(path) if _is_url(path) else Path(path)
+    file = download.fetch(path) if _is_url(path) else Path(path)
+    pinned = identity(config, workdir=workdir)  # before anything is unpacked
+    return _load(config, _inside(file if file.is_dir() else download.unpack(file, pinned), path), pinned)
+
+
+def check(config) -> None:
+    """Raise UserError for a local teacher.path that is absent, a directory that teacher.sha256 can't pin, lost names.
+
+    An archive that is pinned may be absent where a cache of its answers may do.
+    """
+    teacher = config.teacher
+    _check(teacher, may_be_absent=bool(teacher.sha256) and teacher.cache in ("read", "readwrite"))
+    base.class_names(teacher.class_names)
+
+
+def describe(config, num_classes: int) -> str:
+    """Return path, size and input of the model if it is there to be loaded; downloads, unpacks and writes nothing."""
+    path = config.teacher.path
+    file = _file(path)
     with base.readable(f"teacher.path ({path})"):
         if file.is_dir():
             directory = file
@@ -54,51 +51,106 @@ def describe(config) -> str:
         if directory is None or not directory.is_dir():
             lacking = "unpacked" if file.is_file() else "downloaded" if _is_url(path) else "there"
             return f"{path}: not {lacking}, parameters not checked"
-    return f"{path}, {_load(config, _inside(directory, path), '').parameters:,} parameters"
+    teacher = _load(config, _inside(directory, path), "")
+    return base.described(f"{path}, {teacher.parameters:,} parameters", teacher.input)
 
 
-def _load(config, directory: Path, identity: str) -> base.Teacher:
-    path = config.teacher.path
-    try:
-        loaded = tf.saved_model.load(str(directory))
-    except Exception as error:  # OSError, KeyError, protobuf's DecodeError: whatever damage leads to
-        raise errors.UserError(f"teacher.path ({path}) can't be loaded: {_line(error)}") from error
-    size, call = _callable(loaded, path, config.teacher.image_size)
-    size = size or config.data.image_size
-    graph = _trace(call, size, path)
+def identity(config, *, workdir: Path) -> str:
+    """Return the archive's sha256, checked against teacher.sha256 and its first use, or that of a directory's files.
+
+    An archive that is absent has the one that pins it; if nothing pins it, its URL is downloaded. Errors: UserError.
+    """
+    path, pin = config.teacher.path, config.teacher.sha256.lower()
+    file = _file(path)
+    with base.readable(f"teacher.path ({path})"):
+        if file.is_dir():
+            return _sha256_of_files(_inside(file, path))
+        if pin and not file.exists():
+            return pin
+    if _is_url(path):
+        file = download.fetch(path)
+    return download.check_sha256(file, pin)
+
+
+def preprocessing(config) -> dict[str, object]:
+    """Return the declared input (size 0: what the model fixes, else the picture's) and what is cut off its logits."""
+    return base.fields(_input(config, config.teacher.image_size)) | {"teacher.background": config.teacher.background}
+
+
+def _input(config, size: int) -> base.Input:
+    teacher = config.teacher
+    return base.Input(size, tuple(teacher.range), tuple(teacher.mean), tuple(teacher.std))
+
+
+def _load(config, directory: Path, pinned: str) -> base.Teacher:
+    if not _lowered(config.teacher):
+        return _teacher(config, directory, pinned)
+    # A strategy's variables can't be frozen, and its scope is the thread's: the copies are made in another one.
+    with futures.ThreadPoolExecutor(1) as outside:
+        return outside.submit(_teacher, config, directory, pinned).result()
+
+
+def _lowered(teacher) -> bool:
+    return teacher.precision not in ("", "float32")
+
+
+def _teacher(config, directory: Path, pinned: str) -> base.Teacher:
+    teacher, path = config.teacher, config.teacher.path
+    entry = signatures.open_entry(directory, path)
+    if entry.size and teacher.image_size and entry.size != teacher.image_size:
+        raise errors.UserError(f"teacher.image_size ({teacher.image_size}) must be 0 or the {entry.size} px of {path}")
+    size = entry.size or teacher.image_size or config.data.image_size
+    graph, num_classes = _trace(entry.call, size, teacher)
+    call = precision.lowered(graph, teacher.precision, path=path) if _lowered(teacher) else entry.call
+    first = 1 if teacher.background else 0
     return base.Teacher(
         name=f"SavedModel {path}",
-        forward=lambda images: _single(call(images), path),
-        image_size=size,
-        num_classes=graph.structured_outputs.shape[-1],
-        parameters=base.count(getattr(loaded, "variables", None) or graph.variables),
-        classes=None,
-        identity=identity,
+        forward=lambda images: call(images)[:, first:],
+        input=_input(config, size),
+        num_classes=num_classes,
+        parameters=base.count(entry.variables or graph.variables),
+        classes=base.named(teacher.class_names, path, num_classes),
+        identity=pinned,
     )
 
 
-def locate(path: str, sha256: str) -> tuple[Path, str]:
-    """Return (directory of saved_model.pb, sha256 that pins it), after download, check and unpacking.
+def _trace(call, size: int, teacher):
+    """Return (graph of one call on [B, size, size, 3], number of classes): seen without running it."""
+    path, spec = teacher.path, tf.TensorSpec([None, size, size, 3], tf.float32)
+    try:
+        graph = tf.function(call, autograph=False).get_concrete_function(spec)
+    except errors.UserError:
+        raise
+    except Exception as error:
+        reason = signatures.line(error)
+        raise errors.UserError(
+            f"teacher.path ({path!r}) does not take images [B, {size}, {size}, 3]: {reason}"
+        ) from error
+    shape = graph.structured_outputs.shape
+    if shape.rank != 2 or shape[-1] is None:
+        raise errors.UserError(f"teacher.path ({path!r}) must give logits [B, classes], it gives {shape}")
+    num_classes = shape[-1] - (1 if teacher.background else 0)
+    logging.info("teacher: SavedModel %s, %d px, %d classes", path, size, num_classes)
+    return graph, num_classes
 
-    The sha256 is the zip's, or that of the directory's files. Errors: UserError.
-    """
-    file = download.fetch(path) if _is_url(path) else Path(path)
+
+def _check(teacher, *, may_be_absent: bool) -> None:
+    path = teacher.path
+    if _is_url(path):
+        return
     with base.readable(f"teacher.path ({path})"):
-        if file.is_dir():
-            directory = _inside(file, path)
-            return directory, _sha256_of_files(directory)
-    found = download.check_sha256(file, sha256)
-    return _inside(download.unpack(file, found), path), found
+        if not (may_be_absent or Path(path).is_dir() or Path(path).is_file()):
+            raise errors.UserError(
+                f"teacher.path ({path!r}) must be an existing SavedModel directory, zip, tar or tar.gz of one, "
+                "or the http(s) URL of such a file"
+            )
+        if teacher.sha256 and Path(path).is_dir():
+            raise errors.UserError("teacher.sha256 must be empty where teacher.path is a directory: it pins an archive")
 
 
-def _sha256_of_files(directory: Path) -> str:
-    """Return the sha256 over relative name and sha256 of every file in a directory, sorted by name."""
-    digest = hashlib.sha256()
-    files = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
-    for name in sorted(files):
-        digest.update(len(name.encode()).to_bytes(8, "little") + name.encode())
-        digest.update(bytes.fromhex(run_directory.describe(files[name])["sha256"]))
-    return digest.hexdigest()
+def _file(path: str) -> Path:
+    """Return where a path's file or directory is, or would be once it is downloaded."""
+    return download.location(path) if _is_url(path) else Path(path)
 
 
 def _is_url(path: str) -> bool:
@@ -115,58 +167,12 @@ def _inside(directory: Path, path: str) -> Path:
     return found[0]
 
 
-def _callable(loaded, path: str, wanted: int):
-    """Return (size that the model fixes or that is wanted, 0 for neither; images -> its raw output)."""
-    signature = getattr(loaded, "signatures", {}).get(SIGNATURE)
-    inputs = signature.structured_input_signature[1] if signature is not None else {}
-    if len(inputs) != 1:  # none, or one with a training mode beside the images
-        if not callable(loaded):
-            raise errors.UserError(
-                f"teacher.path ({path!r}): the SavedModel must have a {SIGNATURE} of one input or be callable"
-            )
-        return wanted, lambda images: _call(loaded, images)
-    ((name, spec),) = inputs.items()
-    fixed = spec.shape[1] if spec.shape.rank == 4 and spec.shape[1] == spec.shape[2] else None
-    if fixed and wanted and fixed != wanted:
-        raise errors.UserError(f"teacher.image_size ({wanted}) must be 0 or the {fixed} px that {path} takes")
-    # Through `loaded` each time: a signature refers to its variables weakly and would outlive them.
-    return fixed or wanted, lambda images: loaded.signatures[SIGNATURE](**{name: tf.cast(images, spec.dtype)})
-
-
-def _call(loaded, images: tf.Tensor):
-    """Call a model that may or may not know of a training mode; it is never left to its own default."""
-    try:
-        return loaded(images, training=False)
-    except (TypeError, ValueError):  # which of the two depends on what was saved
-        return loaded(images)
-
-
-def _trace(call, size: int, path: str):
-    """Return the graph of one call on [B, size, size, 3]: it shows the number of classes without running."""
-    spec = tf.TensorSpec([None, size, size, 3], tf.float32)
-    try:
-        graph = tf.function(lambda images: _single(call(images), path)).get_concrete_function(spec)
-    except errors.UserError:
-        raise
-    except Exception as error:
-        raise errors.UserError(
-            f"teacher.path ({path!r}) does not take images [B, {size}, {size}, 3]: {_line(error)}"
-        ) from error
-    shape = graph.structured_outputs.shape
-    if shape.rank != 2 or shape[-1] is None:
-        raise errors.UserError(f"teacher.path ({path!r}) must give logits [B, classes], it gives {shape}")
-    logging.info("teacher: SavedModel %s, %d px, %d classes", path, size, shape[-1])
-    return graph
-
-
-def _single(output, path: str) -> tf.Tensor:
-    """Return the logits from a tensor, or from a dict that holds nothing else."""
-    values = tf.nest.flatten(output)
-    if len(values) != 1:
-        names = sorted(output) if isinstance(output, dict) else len(values)
-        raise errors.UserError(f"teacher.path ({path!r}) must give one output, it gives {names}")
-    return values[0]
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _sha256_of_files(directory: Path) -> str:
+    """Return the sha256 over relative name and sha256 of every file in a directory, sorted by name."""
+    digest = hashlib.sha256()
+    with base.readable(f"teacher.path ({directory})"):
+        files = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+        for name in sorted(files):
+            digest.update(len(name.encode()).to_bytes(8, "little") + name.encode())
+            digest.update(bytes.fromhex(run_directory.describe(files[name])["sha256"]))
+    return digest.hexdigest()
