@@ -14,6 +14,7 @@ from deit import config as configuration
 from deit import teachers
 from deit.data import sources
 from deit.models import factory, paths
+from deit.teachers import labels
 
 _BASE_MEMORY = 0.45e9  # resident bytes of the process after the imports, measured on TensorFlow 2.15.1
 # Resident memory of a micro-batch over the outputs of its forward graph (DeiT-Ti at 16 peaks at 1.80 GB in all).
@@ -103,6 +104,7 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "") 
         "augmentation": _augmentation(config.augment),
         "student": f"{config.model.variant}  {count:,} parameters, {spent.flops / 1e9:.2f} GFLOPs an image forward",
         "teacher": teacher,
+        "answers": _answers(config),
         "distillation": _distillation(config, two_heads="dist" in network.model.output),
         "batch": f"{r.replicas} replicas x {config.micro_batch} micro_batch x {r.accum_steps} accum_steps = "
         f"{config.global_batch} global_batch",
@@ -114,7 +116,7 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "") 
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
         "memory": f"about {memory / 1e9:.1f} GB without the teacher (estimate)",
     }
-    return "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
+    return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
 
 
 def _augmentation(a) -> str:
@@ -131,6 +133,17 @@ def _augmentation(a) -> str:
         f"{a.repeats} views of an example in a row" if a.repeats > 1 else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def _answers(config) -> str:
+    if config.distill.kind == "none":
+        return ""
+    form, total = labels.layout(config), config.resolved.total_updates * config.global_batch
+    told = {"hard": "the class", "soft": f"{form.kept} of {form.classes} logits, {form.dtype}"}[form.kind]
+    size = form.bytes_per_position()
+    kept = f"{config.teacher.cache} in {config.teacher.cache_dir}, {size} bytes an image, {size * total / 1e6:.3g} MB"
+    where = "computed" if config.teacher.cache == "off" else kept
+    return f"{told}; {where}; by the teacher in batches of {labels.rows_a_pass(config)}"
 
 
 def _distillation(config, *, two_heads: bool) -> str:

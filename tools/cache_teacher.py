@@ -7,10 +7,9 @@ is kept, so that the same command continues after any kill. --shard=0/4 to --sha
 several machines, share the work: their files lie side by side in DIR.
 """
 
-import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +46,7 @@ def main(_) -> int:
     workdir = Path(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
 
     from deit import loop, runtime, teachers  # TensorFlow starts only now
-    from deit.teachers import labeller, report
+    from deit.teachers import ahead, labeller, report
 
     teachers.check(config)
     runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
@@ -64,7 +63,7 @@ def main(_) -> int:
         measured = teacher.measure(batches, resolved.resolved.classes)
         logging.info("teacher %s", loop.headline(measured.metrics))
         report.gate(measured, resolved.teacher.min_accuracy)
-    fill(resolved, strategy, train_source, teacher, [u for u in range(first, last) if mine(u, shard)])
+    fill(resolved, strategy, train_source, teacher, ahead.shard(range(first, last), *shard))
     return 0
 
 
@@ -84,51 +83,36 @@ def wanted(bounds: Sequence[int | None], total: int) -> tuple[int, int]:
     return first, last
 
 
-def mine(update: int, shard: Sequence[int]) -> bool:
-    """Return whether an update lies in a file of this shard: no two shards write to one file."""
-    from deit.teachers import chunks
-
-    return update // chunks.CHUNKS % shard[1] == shard[0]
-
-
 def fill(config, strategy, source, teacher, updates: list[int]) -> None:
-    """Compute what the cache lacks of `updates`, with a bar, and print sizes. Errors: UserError for a full disk."""
-    from deit import feed
+    """Compute what the cache lacks of `updates`, with a bar, and print sizes. Errors: UserError."""
+    from deit.teachers import ahead
 
-    missing = [update for update in updates if not teacher.cache.holds(update * config.global_batch)]
-    logging.info("%d of %d updates are there; %d to compute", len(updates) - len(missing), len(updates), len(missing))
-    often = 0.5 if sys.stderr.isatty() else 60  # seconds: a log file needs fewer lines
-    with tqdm(total=len(updates), initial=len(updates) - len(missing), unit="update", mininterval=often) as bar:
-        for first, last in runs(missing):
-            batches = iter(feed.batches(config, strategy, source, start_update=first))
-            for update in range(first, last):
-                teacher(next(batches), update)
-                bar.set_postfix_str(f"{megabytes(teacher.cache.disk_bytes())} on disk", refresh=False)
-                bar.update()
-    lacking = [update for update in missing if not teacher.cache.holds(update * config.global_batch)]
-    total = config.resolved.total_updates
-    whole = teacher.cache.chunk_bytes() * total
+    lacking, cache = ahead.missing(config, teacher, updates), teacher.cache
+    there, often = len(updates) - len(lacking), 0.5 if sys.stderr.isatty() else 60  # seconds: logs need fewer lines
+    logging.info("%d of %d updates are there; %d to compute", there, len(updates), len(lacking))
+    with tqdm(total=len(updates), initial=there, unit="update", desc="answers", mininterval=often) as bar:
+
+        def advance() -> None:
+            if bar.update():  # true where the bar was drawn
+                bar.set_postfix_str(f"{size(cache.disk_bytes())} on disk", refresh=False)
+
+        ahead.fill(config, strategy, source, teacher, lacking, advance=advance)
+    lost, total = ahead.missing(config, teacher, lacking), config.resolved.total_updates
     print(
-        f"{len(updates) - len(lacking)} of {len(updates)} updates of this shard in {teacher.cache.directory}: "
-        f"{megabytes(teacher.cache.disk_bytes())} on disk; all {total} updates take {megabytes(whole)} "
-        f"({teacher.cache.chunk_bytes() / config.global_batch:.2f} bytes a position)"
+        f"{len(updates) - len(lost)} of {len(updates)} updates in {cache.directory}, {size(cache.disk_bytes())} on "
+        f"disk; the schedule's {total} take {size(cache.chunk_bytes() * total)}, "
+        f"{cache.chunk_bytes() / config.global_batch:.3g} bytes a position"
     )
-    if lacking:
-        raise errors.UserError(
-            f"the teacher gave no finite answers to {len(lacking)} updates, the first is {lacking[0]}"
-        )
+    if lost:
+        raise errors.UserError(f"the teacher gave no finite answers to {len(lost)} updates, the first is {lost[0]}")
 
 
-def runs(updates: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield [first, last) of what is contiguous in rising numbers: the stream is opened once for each."""
-    for _, group in itertools.groupby(enumerate(updates), lambda pair: pair[1] - pair[0]):
-        numbers = [update for _, update in group]
-        yield numbers[0], numbers[-1] + 1
-
-
-def megabytes(size: int) -> str:
-    """Return a size for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+def size(count: int) -> str:
+    """Return a number of bytes for people."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} bytes"
 
 
 if __name__ == "__main__":

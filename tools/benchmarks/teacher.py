@@ -121,7 +121,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"teacher                      {result['teacher']}",
         f"training without a teacher   {rate['none']:8.2f} images/s",
         f"training, answers cached     {rate['cached']:8.2f} images/s, {rate['cached'] / rate['none']:.3f} of that",
-        f"training, teacher at work    {rate['online']:8.2f} images/s, cached {rate['cached'] / rate['online']:.2f}x that",
+        f"training, teacher at work    {rate['online']:8.2f} images/s; cached: {rate['cached'] / rate['online']:.2f}x",
         f"the teacher alone            {rate['teacher']:8.2f} images/s in batches of {batches[0]}",
         f"                             {rate['teacher_small']:8.2f} images/s in batches of {batches[1]}; "
         f"{batches[0]} are {rate['teacher'] / rate['teacher_small']:.2f}x",
