@@ -119,6 +119,14 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "") 
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
 
 
+def size(count: float) -> str:
+    """Return a number of bytes for people."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def _augmentation(a) -> str:
     mixing = [f"{name} {a[name]:g}" for name in ("mixup", "cutmix") if a[name]]
     parts = [
@@ -140,8 +148,7 @@ def _answers(config) -> str:
         return ""
     form, total = labels.layout(config), config.resolved.total_updates * config.global_batch
     told = {"hard": "the class", "soft": f"{form.kept} of {form.classes} logits, {form.dtype}"}[form.kind]
-    size = form.bytes_per_position()
-    kept = f"{config.teacher.cache} in {config.teacher.cache_dir}, {size} bytes an image, {size * total / 1e6:.3g} MB"
+    kept = f"{config.teacher.cache} in {config.teacher.cache_dir}, {size(form.bytes_per_position() * total)} in all"
     where = "computed" if config.teacher.cache == "off" else kept
     return f"{told}; {where}; by the teacher in batches of {labels.rows_a_pass(config)}"
 

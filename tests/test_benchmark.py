@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import pathlib
 import random
 import re
@@ -13,10 +14,10 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from configs import base, deit_tiny_flowers, quickstart
-from deit import errors, rules
+from deit import errors, keras, rules
 from deit.data import sources
 from tests import photos
-from tools.benchmarks import data, peer, pillow_loader, pillow_recipe, update
+from tools.benchmarks import data, peer, pillow_loader, pillow_recipe, teacher, update
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FULL = pillow_recipe.Recipe()
@@ -257,22 +258,54 @@ def test_the_peer_s_workers_show_every_image_once_an_epoch(style, shape):
             assert sorted(seen) == list(range(8))
 
 
+def test_the_teacher_s_lines_are_the_ratios_of_the_medians():
+    rates = {"none": 20.0, "cached": 19.8, "online": 2.2, "teacher": 2.5, "teacher_small": 2.0}
+    result = {
+        "teacher": "BiT", "teacher_batches": [64, 16], "images_per_sec": rates, "matmul_flops_per_sec": 200e9,
+        "bytes_per_position": 2, "flops_per_image": 72e9,
+    }  # fmt: skip
+    text = "\n".join(teacher.lines(result))
+    for part in ("0.990 of that", "cached: 9.00x", "batches of 16; 64: 1.25x", "180.0 GFLOP/s (72.0 GFLOP an image), 0.90 of"):
+        assert part in text
+    assert len(teacher.lines({**result, "flops_per_image": None})) == len(teacher.lines(result)) - 1
+
+
+@pytest.mark.slow
+def test_a_configured_teacher_is_timed_beside_its_cache(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), "teacher", "--nostand_in", "--json"]
+    smoke = [f"--config={REPOSITORY / 'configs'}/deit_tiny_flowers.py:smoke", "--config.teacher.kind=keras_application"]
+    weights = tmp_path / "weights.h5"
+    keras.applications.MobileNet(weights=None, input_shape=(32, 32, 3), classes=10, alpha=1.0).save_weights(weights)
+    flags = ["--config.teacher.name=MobileNet", f"--config.teacher.weights={weights}", "--rounds=1", "--updates=2"]
+    done = subprocess.run([*command, *smoke, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name: len(seconds) for name, seconds in found["seconds"].items()} == {
+        "none": 2, "cached": 2, "online": 1, "teacher": 1, "teacher_small": 1, "matmul": 1,
+    }  # fmt: skip
+    assert found["images_per_sec"]["cached"] == pytest.approx(
+        found["global_batch"] / np.median(found["seconds"]["cached"]), rel=1e-6
+    )
+    assert "asked its teacher" not in done.stderr and found["bytes_per_position"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "usage: python tools/benchmark.py accumulate|data"),
+        ((), "usage: python tools/benchmark.py accumulate|data|teacher"),
         (("speed",), "'speed' is no measurement; usage"),
         (("accumulate", "--peer"), "--peer measures `data` and has no meaning for `accumulate`"),
         (("accumulate", "--images=8"), "--images measures `data`"),
         (("data", "--peer", "--updates=2"), "--updates times the student, which --peer leaves out"),
         (("data", "--timm_python=python3"), "--timm_python is compared with --peer only"),
         (("data", "--recipe=full"), "recipe"),
+        (("teacher", "--config=configs/deit_tiny_flowers.py:scratch"), "distill.kind ('none')"),
         (("data", "--config.data.name=folder:/nowhere/at/all"), "/nowhere/at/all"),
         (("data", "--config.data.name=tfds:tf_flowers", "--config.data.data_dir=/nowhere"), "/nowhere"),
     ],
 )
 def test_a_wrong_command_line_and_absent_data_are_one_line_and_exit_code_1(words, said):
     command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr

@@ -85,6 +85,7 @@ def wanted(bounds: Sequence[int | None], total: int) -> tuple[int, int]:
 
 def fill(config, strategy, source, teacher, updates: list[int]) -> None:
     """Compute what the cache lacks of `updates`, with a bar, and print sizes. Errors: UserError."""
+    from deit import plan
     from deit.teachers import ahead
 
     lacking, cache = ahead.missing(config, teacher, updates), teacher.cache
@@ -94,25 +95,17 @@ def fill(config, strategy, source, teacher, updates: list[int]) -> None:
 
         def advance() -> None:
             if bar.update():  # true where the bar was drawn
-                bar.set_postfix_str(f"{size(cache.disk_bytes())} on disk", refresh=False)
+                bar.set_postfix_str(f"{plan.size(cache.disk_bytes())} on disk", refresh=False)
 
         ahead.fill(config, strategy, source, teacher, lacking, advance=advance)
     lost, total = ahead.missing(config, teacher, lacking), config.resolved.total_updates
+    now, whole = plan.size(cache.disk_bytes()), plan.size(cache.chunk_bytes() * total)
     print(
-        f"{len(updates) - len(lost)} of {len(updates)} updates in {cache.directory}, {size(cache.disk_bytes())} on "
-        f"disk; the schedule's {total} take {size(cache.chunk_bytes() * total)}, "
-        f"{cache.chunk_bytes() / config.global_batch:.3g} bytes a position"
+        f"{len(updates) - len(lost)} of {len(updates)} updates in {cache.directory}, {now} on disk; the schedule's "
+        f"{total} take {whole}, {cache.chunk_bytes() / config.global_batch:.3g} bytes a position"
     )
     if lost:
         raise errors.UserError(f"the teacher gave no finite answers to {len(lost)} updates, the first is {lost[0]}")
-
-
-def size(count: int) -> str:
-    """Return a number of bytes for people."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count} bytes"
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def identity(config, *, workdir: Path) -> str:
 def preprocessing(config) -> dict[str, object]:
     """Return what the run's network does to a picture: state_sha256 is of tensors only and does not say."""
     of_run = config.teacher.train if config.teacher.kind == "train" else _config_of(config.teacher.path)
-    inside = {"mean": [float(v) for v in of_run.model.mean], "std": [float(v) for v in of_run.model.std]}
+    model = of_run.model
+    inside = {"variant": model.variant, "backbone": model.backbone, "cut": model.cut}
+    inside |= {"mean": [float(v) for v in model.mean], "std": [float(v) for v in model.std]}
     return base.fields(_input(of_run)) | {f"teacher.model.{name}": value for name, value in inside.items()}
 
 

@@ -1,14 +1,14 @@
 """What a teacher costs: images/s of training without one, with its answers cached, and with it at work.
 
 Promises: the three trainings are alternated in one process, each on the same stream from update 0 on, with data,
-student and optimizer; figures are medians of the rounds. The cache is filled by training with it, as a run does. The
+student and optimizer; figures are medians of all updates. The cache is filled by training with it, as a run does. The
 stand-in of BiT-M R50x3 (`bit.py`) has its arithmetic counted and held against the machine's rate of matrix products.
 """
 
 import statistics
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,21 @@ class Training:
             self.config, self._strategy, workdir=Path("."), train_source=source, eval_source=eval_source, keeps_on=False
         )
 
-    def rate(self, updates: int) -> float:
-        """Return images/s by the median time of `updates` updates, after one that is not counted."""
-        batches = iter(
-            feed.batches(self.config, self._strategy, self._source, start_update=0, drop_rates=self._drop_rates)
-        )
-        seconds = []
-        for step in range(updates + 1):
-            started = time.perf_counter()
-            batch = next(batches)
-            answers = self.teacher(batch, step) if self.teacher is not None else None
-            self._update(batch, answers).numpy()
-            seconds.append(time.perf_counter() - started)
-        return self.config.global_batch / statistics.median(seconds[1:])
+    def restart(self) -> None:
+        """Open the stream at update 0 again, and do that update untimed."""
+        rates = self._drop_rates
+        self._batches = iter(feed.batches(self.config, self._strategy, self._source, start_update=0, drop_rates=rates))
+        self._step = 0
+        self.update()
+
+    def update(self) -> float:
+        """Do the next update; return its seconds."""
+        started = time.perf_counter()
+        batch = next(self._batches)
+        answers = self.teacher(batch, self._step) if self.teacher is not None else None
+        self._update(batch, answers).numpy()
+        self._step += 1
+        return time.perf_counter() - started
 
 
 def measure(
@@ -82,36 +84,39 @@ def measure(
     none, cached, online = (
         Training(update.copy_of(config, changes), source, eval_source) for changes in (_NO_TEACHER, kept, {})
     )
-    for training, what in ((cached, "with the teacher, into the cache"), (none, "without a teacher")):
-        logging.info("%d updates of %d images %s, not timed", updates + 1, batch, what)
-        training.rate(updates)
-    teacher = online.teacher.teacher()
-    kinds: dict[str, Callable[[], float]] = {
-        "none": lambda: none.rate(updates),
-        "cached": lambda: cached.rate(updates),
-        "online": lambda: online.rate(_ONLINE_UPDATES),
-        "teacher": alone(teacher, config.data.image_size, config.teacher.batch),
-        "teacher_small": alone(teacher, config.data.image_size, _SMALL),
-        "matmul": matmul,
-    }
-    found: dict[str, list[float]] = {name: [] for name in kinds}
-    with tqdm.tqdm(total=rounds * len(kinds), desc="measuring", leave=False, disable=None) as bar:
-        for _ in range(rounds):
-            for name, run in kinds.items():
-                bar.set_postfix_str(name)
-                found[name].append(run())
-                bar.update()
+    logging.info("%d updates of %d images with the teacher, into the cache, not timed", updates + 1, batch)
+    _seconds([cached], updates)
+    teacher, size = online.teacher.teacher(), config.data.image_size
+    batches = [config.teacher.batch, _SMALL]
+    alone = [_alone(teacher, size, count) for count in batches]
+    seconds: dict[str, list[float]] = {name: [] for name in ("none", "cached", "online", "teacher", "teacher_small")}
+    products = []
+    for _ in tqdm.trange(rounds, desc="measuring", unit="round", leave=False, disable=None):
+        for name, found in zip(("none", "cached"), _seconds([none, cached], updates)):  # in turns: they are near
+            seconds[name] += found
+        seconds["online"] += _seconds([online], _ONLINE_UPDATES)[0]
+        for name, run in zip(("teacher", "teacher_small"), alone):
+            seconds[name].append(run())
+        products.append(_matmul())
     if cached.teacher.computed != updates + 1:
         logging.warning("the cached training asked its teacher %d times", cached.teacher.computed)
+    sizes = {"teacher": batches[0], "teacher_small": batches[1]}
     return {
         "teacher": teacher.describe(),
-        "teacher_batches": [config.teacher.batch, _SMALL],
+        "teacher_batches": batches,
         "global_batch": batch,
-        "images_per_sec": {name: statistics.median(found[name]) for name in kinds if name != "matmul"},
-        "matmul_flops_per_sec": statistics.median(found["matmul"]),
+        "images_per_sec": {name: sizes.get(name, batch) / statistics.median(each) for name, each in seconds.items()},
+        "matmul_flops_per_sec": 2.0 * _SIDE**3 / statistics.median(products),
         "bytes_per_position": labels.layout(cached.config).bytes_per_position(),
-        "rounds": found,
+        "seconds": {**seconds, "matmul": products},
     }
+
+
+def _seconds(trainings: Sequence[Training], updates: int) -> list[list[float]]:
+    """Return the seconds of each training's `updates` updates, done in turns."""
+    for training in trainings:
+        training.restart()
+    return [list(found) for found in zip(*([each.update() for each in trainings] for _ in range(updates)))]
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -136,23 +141,22 @@ def lines(result: dict[str, Any]) -> list[str]:
     return rows
 
 
-def alone(teacher, size: int, batch: int) -> Callable[[], float]:
-    """Return a function that gives the images/s of a teacher on pictures of `size` px, in batches of `batch`."""
+def _alone(teacher, size: int, batch: int) -> Callable[[], float]:
+    """Return a function that gives the seconds of a teacher on `batch` pictures of `size` px; it is traced."""
     pictures = tf.constant(np.random.default_rng(0).integers(0, 256, [batch, size, size, 3]).astype("f4"))
-    answer = tf.function(lambda images: teacher.logits(images), autograph=False)
-    answer(pictures[:1])  # loads what is loaded once; each size is traced by its own first call
+    answer = tf.function(teacher.logits, autograph=False)
 
-    def rate() -> float:
+    def run() -> float:
         started = time.perf_counter()
         answer(pictures).numpy()
-        return batch / (time.perf_counter() - started)
+        return time.perf_counter() - started
 
-    rate()
-    return rate
+    run()
+    return run
 
 
-def matmul() -> float:
-    """Return the floating-point operations a second of a product of two square float32 matrices."""
+def _matmul() -> float:
+    """Return the seconds of a product of two square float32 matrices, a median of five."""
     a = tf.random.stateless_normal([_SIDE, _SIDE], [0, 1])
     product = tf.function(lambda x: tf.matmul(x, x), autograph=False)
     product(a).numpy()
@@ -161,7 +165,7 @@ def matmul() -> float:
         started = time.perf_counter()
         product(a).numpy()
         seconds.append(time.perf_counter() - started)
-    return 2.0 * _SIDE**3 / statistics.median(seconds)
+    return statistics.median(seconds)
 
 
 def stand_in(directory: Path, *, num_classes: int, image_size: int) -> float:
