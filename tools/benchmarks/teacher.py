@@ -129,7 +129,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"training, teacher at work    {rate['online']:8.2f} images/s; cached: {rate['cached'] / rate['online']:.2f}x",
         f"the teacher alone            {rate['teacher']:8.2f} images/s in batches of {batches[0]}",
         f"                             {rate['teacher_small']:8.2f} images/s in batches of {batches[1]}; "
-        f"{batches[0]} are {rate['teacher'] / rate['teacher_small']:.2f}x",
+        f"{batches[0]}: {rate['teacher'] / rate['teacher_small']:.2f}x",
         f"matrix products              {result['matmul_flops_per_sec'] / 1e9:8.1f} GFLOP/s (float32, side {_SIDE})",
         f"an answer takes              {result['bytes_per_position']:8d} bytes",
     ]
