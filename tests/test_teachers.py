@@ -285,6 +285,7 @@ def test_what_a_run_makes_of_a_picture_is_in_its_configuration(finished_run):
     c = config(kind="train")
     c.teacher.train = template.get_config()
     c.teacher.train.data.image_size = 16
+    c.teacher.train.model.variant = found["teacher.model.variant"]
     assert teachers.preprocessing(c) == found == json.loads(json.dumps(found))
 
 
