@@ -14,6 +14,7 @@ from tf_keras import (  # noqa: F401
     Input,
     Model,
     Sequential,
+    __version__,
     applications,
     backend,
     initializers,

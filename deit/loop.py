@@ -7,6 +7,7 @@ the last update is always logged, evaluated and checkpointed, whatever the inter
 
 import contextlib
 import dataclasses
+import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
     taught = None
     if teacher is not None:
         taught = teacher.measure(eval_batches, config.resolved.classes)
-        logging.info("teacher %s", headline(taught.metrics))
+        logging.info("teacher: %s", teacher_report.describe(taught))
         teacher_report.gate(taught, config.teacher.min_accuracy)
 
     # --- From here on the run exists: its directory is written ---------------------------------------------
@@ -155,7 +156,7 @@ def train(job: Job, *, strategy: tf.distribute.Strategy) -> Result:
             batch = next(iterator)
             rate = float(learning_rate(step))
             answers = teacher(batch, step) if config.distill.kind != "none" else None
-            vector = update(batch, answers).numpy()  # the one read of the device an update
+            vector = update(batch, answers).numpy()  # the one read of the device; a cache looks at the weights, too
             step += 1
             guard(config, vector, step)
             if missing(config, vector):
@@ -291,6 +292,8 @@ def guard(config, vector: np.ndarray, step: int) -> None:
         return
     first = (step - 1) * config.global_batch
     why = "every image was unreadable" if named["data/weight"] == 0 else "non-finite gradients"
+    if named["data/weight"] and math.isfinite(named["train/loss_cls"]) and not math.isfinite(named["train/loss"]):
+        why = "the teacher's answers are not finite"
     logging.warning("update %d skipped: %s (positions %d to %d)", step, why, first, first + config.global_batch - 1)
     if named["skipped_in_row"] >= config.max_skipped:
         raise Diverged(

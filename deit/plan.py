@@ -121,7 +121,7 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "") 
 
 def size(count: float) -> str:
     """Return a number of bytes for people."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.0f} bytes"

@@ -255,6 +255,8 @@ def _cache_fits(config) -> str | None:
     teacher = config.teacher
     if teacher.cache != "off" and not teacher.cache_dir:
         return f"teacher.cache_dir ('') must be given where teacher.cache is {teacher.cache!r}"
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", teacher.cache_dir):
+        return f"teacher.cache_dir ({teacher.cache_dir!r}) must be a path of a mounted file system, not a URL"
     if teacher.cache != "off" and config.distill.kind == "none":
         return f"teacher.cache ({teacher.cache!r}) must be off where distill.kind is 'none': nothing asks the teacher"
     if config.distill.kind == "hard" and teacher.top_k:

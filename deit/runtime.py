@@ -41,11 +41,18 @@ def make_strategy(name: str, devices: int = 0) -> tf.distribute.Strategy:
 
 
 def device_kind(strategy: tf.distribute.Strategy) -> str:
-    """Return the model of the devices that a strategy computes on: equal ones give equal bits."""
+    """Return the models of the devices that a run computes on: equal ones give equal bits.
+
+    A GPU comes with the CPU beside it, which decodes and augments.
+    """
     kind = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type
-    if kind == "GPU":
-        gpu = tf.config.list_physical_devices("GPU")[0]
-        return tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
+    if kind != "GPU":
+        return _cpu()
+    gpu = tf.config.list_physical_devices("GPU")[0]
+    return f"{tf.config.experimental.get_device_details(gpu).get('device_name', 'GPU')}, {_cpu()}"
+
+
+def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux

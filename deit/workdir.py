@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def lock(workdir: str | Path) -> Iterator[None]:
         handle.write(f"{os.getpid()}\n")
         handle.flush()
         yield
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all, through a name that no other process or machine uses. Errors: OSError."""
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        temporary.write_bytes(data)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -265,7 +265,12 @@ def test_the_teacher_s_lines_are_the_ratios_of_the_medians():
         "bytes_per_position": 2, "flops_per_image": 72e9,
     }  # fmt: skip
     text = "\n".join(teacher.lines(result))
-    for part in ("0.990 of that", "cached: 9.00x", "batches of 16; 64: 1.25x", "180.0 GFLOP/s (72.0 GFLOP an image), 0.90 of"):
+    for part in (
+        "0.990 of that",
+        "cached: 9.00x",
+        "batches of 16; 64: 1.25x",
+        "180.0 GFLOP/s (72.0 GFLOP an image), 0.90 of",
+    ):
         assert part in text
     assert len(teacher.lines({**result, "flops_per_image": None})) == len(teacher.lines(result)) - 1
 

@@ -4,11 +4,12 @@ import errno
 import json
 import os
 import shutil
+from concurrent import futures
 
 import numpy as np
 import pytest
 
-from deit import errors
+from deit import errors, workdir
 from deit.teachers import cache, chunks, labels
 
 POSITIONS = 8  # in a chunk
@@ -92,7 +93,7 @@ def test_another_fingerprint_is_refused_with_the_fields_that_differ_and_touches_
     for writes in (False, True):
         with pytest.raises(errors.UserError) as caught:
             opened(tmp_path / "c", fingerprint=other, writes=writes)
-        assert "augment.new: absent -> 3; augment.scale: [0.08, 1.0] -> [0.2, 1.0]; seed: 0 -> 1" in str(caught.value)
+        assert "augment.new: absent -> 3; augment.scale: [0.08, 1] -> [0.2, 1]; seed: 0 -> 1" in str(caught.value)
         assert "data" not in str(caught.value), "what is equal is not listed"
     assert before == {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
 
@@ -108,9 +109,54 @@ def test_a_directory_that_is_no_cache_is_refused(tmp_path):
     with pytest.raises(errors.UserError, match=r"can't be written: Not a directory"):
         opened(tmp_path / "photo.jpg" / "c")
     opened(tmp_path / "c")
-    (tmp_path / "c" / "manifest.json").write_text('{"format"')
-    with pytest.raises(errors.UserError, match=r"manifest.json is damaged"):
+    for text in ('{"format"', "[]", '{"files": []}', '{"fingerprint": []}', "7"):
+        (tmp_path / "c" / "manifest.json").write_text(text)
+        with pytest.raises(errors.UserError, match=r"manifest.json is damaged"):
+            opened(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "conditions.json"])
+def test_a_directory_that_a_kill_or_a_full_disk_left_half_made_is_a_cache(tmp_path, monkeypatch, name):
+    write = workdir.write
+
+    def killed(path, data):
+        if path.name == name:
+            path.with_name(f"{path.name}.tmp-1").write_bytes(data[:9])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    monkeypatch.setattr(workdir, "write", killed)
+    with pytest.raises(errors.UserError, match=r"can't be written: No space left"):
         opened(tmp_path / "c")
+    monkeypatch.undo()
+    fill(opened(tmp_path / "c"), [0])
+    assert opened(tmp_path / "c", writes=False).holds(0)
+
+
+def test_many_that_open_a_new_directory_at_once_share_it(tmp_path):
+    def use(update):
+        found = opened(tmp_path / str(update // 8))
+        fill(found, [update])
+        return found.disk_bytes() > 0
+
+    with futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(use, range(64)))
+    for directory in tmp_path.iterdir():
+        found = opened(directory, writes=False)
+        assert found.count(64)[0] == 8
+        assert sorted(path.name for path in directory.iterdir())[-1] == "manifest.json"
+
+
+def test_a_whole_number_is_one_however_it_was_typed(tmp_path):
+    fill(opened(tmp_path / "c", fingerprint={"seed": 0, "range": (0.0, 1.0), "mean": (0.5, 0)}), [0])
+    again = opened(tmp_path / "c", fingerprint={"seed": 0.0, "range": (0, 1), "mean": (0.5, 0.0)}, writes=False)
+    assert again.holds(0)
+
+
+def test_what_is_there_is_counted_up_to_the_end_of_the_schedule(tmp_path):
+    fill(opened(tmp_path / "c"), [0, 1, 31, 32, 40, 70])
+    assert opened(tmp_path / "c").count(41) == (5, 0)
+    assert opened(tmp_path / "c", allow_ties=True, global_batch=16).count(20) == (0, 4)  # positions below 320
 
 
 def flipped(path, place):
@@ -124,8 +170,8 @@ def test_damage_costs_the_chunk_that_it_touches_says_so_once_and_is_mended_by_wr
     fill(found, range(3))
     flipped(file_of(tmp_path / "c"), -(chunks.CHUNKS - 1) * found.chunk_bytes() + 2)  # in chunk 1
     assert holds(found, range(3)) == holds(found, range(3)) == [True, False, True]
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["answers-00000000.npy, positions 8 to 15: its checksum is wrong; the answers are computed anew"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("answers-00000000.npy, positions 8 to 15: its checksum is wrong")
     fill(found, [1])
     assert holds(found, range(3)) == [True] * 3
 
@@ -243,6 +289,6 @@ def test_sizes_count_what_is_on_the_disk_and_what_a_schedule_takes(tmp_path):
 def test_the_manifest_holds_the_fingerprint_and_each_set_its_conditions(tmp_path):
     opened(tmp_path / "c")
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    assert manifest["fingerprint"]["augment.scale"] == [0.08, 1.0]
+    assert manifest["fingerprint"] == {**FINGERPRINT, "augment.scale": [0.08, 1.0]}
     (conditions,) = (tmp_path / "c").glob("*/conditions.json")
     assert json.loads(conditions.read_text()) == CONDITIONS

@@ -89,6 +89,19 @@ def test_a_number_that_is_not_finite_is_refused(value):
         rules.validate(changed(**{"optim.weight_decay": value}))
 
 
+def test_a_cache_needs_a_directory_that_is_mounted_and_something_to_ask():
+    taught = {"distill.kind": "hard", "teacher.kind": "run", "teacher.path": "runs/a", "teacher.cache": "read"}
+    for changes, message in (
+        ({}, r"teacher.cache_dir \(''\) must be given"),
+        ({"teacher.cache_dir": "gs://b/c"}, r"teacher.cache_dir \('gs://b/c'\) must be a path"),
+        ({"teacher.cache_dir": "c", "distill.kind": "none"}, r"teacher.cache \('read'\) must be off"),
+        ({"teacher.cache_dir": "c", "teacher.top_k": 3}, r"teacher.top_k \(3\) must be 0"),
+        ({"teacher.cache_dir": "c", "teacher.logits_dtype": "float16"}, r"teacher.logits_dtype \('float16'\)"),
+    ):
+        with pytest.raises(errors.UserError, match=message):
+            rules.validate(changed(**{**taught, **changes}))
+
+
 def test_a_misspelt_choice_is_answered_with_the_nearest_one():
     with pytest.raises(errors.UserError, match="did you mean mixed_bfloat16"):
         rules.validate(changed(precision="mixed_bfloat"))

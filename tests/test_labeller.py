@@ -1,9 +1,11 @@
 """The teacher of a run at work: what the cache has is not computed, what it lacks is, and the bits are the same."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 
 import devices
@@ -13,7 +15,7 @@ import tensorflow as tf
 
 from configs import base
 from deit import checkpoint, errors, feed, loop, rules, teachers
-from deit.teachers import cache, labeller, report
+from deit.teachers import cache, fingerprint, labeller, report
 
 BATCH, UPDATES = 16, 3
 EVERYTHING = {
@@ -29,9 +31,9 @@ EVERYTHING = {
 class Linear(tf.Module):
     """A teacher that looks at the mean colours of 64 squares: mixing, crops and erased boxes change its answers."""
 
-    def __init__(self):
+    def __init__(self, classes=10):
         super().__init__()
-        kernel = np.random.default_rng(0).normal(size=[4 * 4 * 3, 10]) / 20
+        kernel = np.random.default_rng(0).normal(size=[4 * 4 * 3, classes]) / 20
         self.kernel = tf.Variable(kernel, dtype=tf.float32)
 
     @tf.function(input_signature=[tf.TensorSpec([None, 32, 32, 3], tf.float32, name="image")])
@@ -187,6 +189,46 @@ def test_another_teacher_is_refused(full, teacher, tmp_path):
         opened(changed(full[0], **{"teacher.path": str(other)}))
 
 
+def test_a_teacher_that_changed_after_the_start_answers_nothing(filled, teacher, tmp_path):
+    moving = Path(shutil.copytree(teacher, tmp_path / "moving"))
+    config = changed(filled[0], **{"teacher.path": str(moving), "teacher.cache_dir": str(tmp_path / "new")})
+    resolved, strategy, source, found = opened(config)
+    (moving / "assets" / "note.txt").write_text("trained on")
+    with pytest.raises(errors.UserError, match=r"has changed since this run began"):
+        found(next(iter(feed.batches(resolved, strategy, source, start_update=0))), 0)
+    assert not list((tmp_path / "new").rglob("*.npy"))
+
+
+def test_class_names_that_are_not_the_data_s_are_refused_though_all_is_cached(full, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join("9876543210"))
+    with pytest.raises(errors.UserError, match=r"class 0 of the teacher .* is '9', it must be the data's '0'"):
+        opened(changed(full[0], **{"teacher.class_names": str(names)}))
+
+
+def test_an_absent_teacher_whose_answers_are_all_there_is_not_missed(teacher, tmp_path, caplog):
+    archive = Path(shutil.make_archive(str(tmp_path / "t"), "zip", teacher.parent, teacher.name))
+    pin = hashlib.sha256(archive.read_bytes()).hexdigest()
+    config = make_config(
+        archive, **{"teacher.sha256": pin, "teacher.cache": "readwrite", "teacher.cache_dir": str(tmp_path / "c")}
+    )
+    expected, _ = answers(config)
+    archive.unlink()
+    told, found = answers(changed(config, **{"teacher.cache": "read"}))
+    assert_same(told, expected)
+    assert found.computed == 0
+    tied = {"teacher.cache": "read", "teacher.batch": 4, "teacher.allow_ties": True}
+    assert_same(answers(changed(config, **tied))[0], expected)
+    assert "is not measured" in caplog.text
+    with pytest.raises(errors.UserError, match=r"is not there, and .* has the answers to 3 of 9 updates"):
+        opened(changed(config, **{"total_updates": 9}))
+
+
+def test_a_cache_directory_that_is_not_used_is_warned_of(full, caplog):
+    opened(changed(full[0], **{"teacher.cache": "off"}))
+    assert "is not used: teacher.cache is 'off'" in caplog.text
+
+
 def test_what_only_changes_the_student_reads_the_same_cache(full, monkeypatch):
     config, expected = full
     monkeypatch.setattr(teachers, "build", None)
@@ -232,6 +274,24 @@ def test_a_disk_that_fills_up_ends_the_writing_and_not_the_training(full, tmp_pa
         answers(changed(config, **{"teacher.cache_dir": str(tmp_path / "more")}), keeps_on=False)
 
 
+def test_tf32_is_a_condition_whatever_the_teacher_s_own_precision():
+    def precision(**changes):
+        config = types.SimpleNamespace(
+            global_batch=8, precision=changes.get("precision", "float32"),
+            resolved=types.SimpleNamespace(replicas=1),
+            teacher=types.SimpleNamespace(batch=8, kind=changes["kind"], precision=changes.get("own", "")),
+        )  # fmt: skip
+        return fingerprint.conditions(config, device="x")["teacher.precision"]
+
+    assert precision(kind="run") == "float32"
+    assert precision(kind="run", precision="mixed_bfloat16") == "mixed_bfloat16"
+    assert precision(kind="run", precision="mixed_bfloat16", own="float32") == "float32"
+    assert precision(kind="run", precision="tf32", own="mixed_float16") == "mixed_float16, tf32"
+    assert precision(kind="saved_model", precision="mixed_bfloat16") == "as saved"
+    assert precision(kind="saved_model", own="float32") == "as saved"
+    assert precision(kind="saved_model", own="mixed_bfloat16", precision="tf32") == "mixed_bfloat16, tf32"
+
+
 def test_other_conditions_are_refused_and_with_allow_ties_their_agreement_is_measured(filled):
     config, expected = filled
     with pytest.raises(errors.UserError, match=r"\(teacher.batch: 6 -> 4\).*teacher.allow_ties=True"):
@@ -241,10 +301,18 @@ def test_other_conditions_are_refused_and_with_allow_ties_their_agreement_is_mea
     assert found.news() == {"teacher/cache_agreement": 1.0} and found.news() == {}
 
 
+def test_a_report_on_images_of_which_one_could_not_be_read_is_not_kept(filled):
+    config, _ = filled
+    resolved, _, _, found = opened(config)
+    batch = next(iter(_evaluation(config)))
+    found.measure([batch], resolved.resolved.classes)  # half of the split
+    assert not list(Path(config.teacher.cache_dir).rglob("report.npz"))
+
+
 def test_the_report_is_measured_once(filled, monkeypatch):
     config, _ = filled
     resolved, _, _, found = opened(config)
-    eval_batches = [{"image": np.full([2, 32, 32, 3], 9, np.uint8), "label": np.array([1, 2]), "weight": np.ones([2])}]
+    eval_batches = _evaluation(config)
     measured = found.measure(eval_batches, resolved.resolved.classes)
     monkeypatch.setattr(report, "measure", None)
     again = opened(config)[3].measure(eval_batches, resolved.resolved.classes)
@@ -275,6 +343,22 @@ def test_a_run_ends_with_the_same_bits_online_and_cached(filled, tmp_path, monke
     plain = [[{k: v for k, v in line.items() if k not in clock} for line in run] for run in lines]
     assert plain[0] == plain[1]
     assert {"teacher/top1", "teacher/ece", "teacher/recall/3"} <= plain[0][0].keys()
+
+
+@pytest.mark.slow
+def test_twenty_updates_on_real_flowers_end_with_the_same_bits_online_and_cached(teacher, tmp_path, flowers_dir):
+    flowers = {
+        "data.name": "tfds:tf_flowers", "data.data_dir": str(flowers_dir), "data.train_split": "train[:90%]",
+        "data.eval_split": "train[90%:]", "total_updates": 20, "global_batch": 32, "augment.mix_group": 16,
+        "augment.randaugment": "rand-m9-mstd0.5-inc1", "teacher.batch": 12, "checkpoint.every_updates": 0,
+    }  # fmt: skip
+    module = Linear(classes=5)
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
+    config = make_config(tmp_path / "m", **flowers)
+    online = train(tmp_path / "online", config)
+    cached = {"teacher.cache": "readwrite", "teacher.cache_dir": str(tmp_path / "c")}
+    answers(changed(config, **cached), range(20))
+    assert train(tmp_path / "cached", changed(config, **{**cached, "teacher.cache": "read"})) == online
 
 
 def _evaluation(config):

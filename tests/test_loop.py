@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import types
 
 import devices
@@ -123,6 +124,14 @@ def test_skipped_updates_are_warned_of_and_end_the_run_once_max_skipped_are_in_a
         loop.guard(config, vector(**CAUSES[cause], skipped_in_row=3), 9)
     assert "update 9" in str(caught.value) and "max_skipped" in str(caught.value)
     assert cause in str(caught.value) and other not in str(caught.value)
+
+
+def test_the_guard_names_the_teacher_where_only_its_term_is_not_finite(caplog):
+    config = types.SimpleNamespace(global_batch=BATCH, max_skipped=3)
+    finite = {"train/loss": math.nan, "train/loss_cls": 1.0, "data/weight": float(BATCH)}
+    with caplog.at_level(logging.WARNING):
+        loop.guard(config, vector(**finite, finite=0.0, skipped_in_row=1.0), 1)
+    assert "the teacher's answers are not finite" in caplog.text
 
 
 def test_an_applied_update_passes_the_guard_in_silence(caplog):

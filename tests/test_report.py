@@ -39,6 +39,16 @@ def batches(logits, truths, weights, size=2):
 # --- calibration --------------------------------------------------------------------------------------
 
 
+def test_the_line_on_a_teacher_has_the_recalls_and_the_lowest_of_many():
+    truths = np.arange(30, dtype="i4")
+    labels = np.where(truths < 25, truths, 0).astype("i4")
+    found = report.rebuild(labels, np.ones(30, "f4"), truths, np.ones(30, "f4"), [f"c{i}" for i in range(30)])
+    line = report.describe(found)
+    assert line.startswith("top1 0.8333  ece 0.1667  of 30 images; recall, the lowest 20 of 30: c25 0.000, c26 0.000")
+    few = report.rebuild(labels[:2], np.ones(2, "f4"), truths[:2], np.ones(2, "f4"), ["a", "b"])
+    assert report.describe(few).endswith("of 2 images; recall: a 1.000, b 1.000")
+
+
 def test_the_calibration_error_of_a_worked_example():
     # (0.8, 0.8667]: 0.82 and 0.86, one right: |1/2 - 0.84| = 0.34, weight 2/4; (0.6, 0.6667]: 0.62 right: 0.38, 1/4;
     # (0.4667, 0.5333]: 0.5 wrong: 0.5, 1/4. Together 0.17 + 0.095 + 0.125 = 0.39.

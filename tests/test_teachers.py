@@ -205,6 +205,18 @@ def test_a_saved_model_s_identity_is_that_of_its_files(saved, tmp_path):
     assert build(kind="saved_model", path=str(copy)).identity != teacher.identity
 
 
+def test_weights_behind_a_linked_directory_are_part_of_the_identity(saved, tmp_path):
+    def linked(name, change=b""):
+        copy = Path(shutil.copytree(saved, tmp_path / name))
+        store = Path(shutil.move(copy / "variables", tmp_path / f"{name}-store"))
+        data = store / "variables.data-00000-of-00001"
+        data.write_bytes(data.read_bytes() + change)
+        (copy / "variables").symlink_to(store, target_is_directory=True)
+        return identity(kind="saved_model", path=str(copy))
+
+    assert linked("a") == identity(kind="saved_model", path=str(saved)) != linked("b", b"x")
+
+
 def test_check_refuses_what_the_files_show_and_touches_nothing(saved, archive, tmp_path):
     def check(**teacher):
         teachers.check(config(**teacher))

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from absl import flags
 from ml_collections import config_flags
 
+from configs import base
 from deit import cli, errors, rules
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -136,7 +137,10 @@ def _teacher() -> tuple[dict, list[str]]:
         if STAND_IN.value:
             path, size = Path(directory) / "bit", config.data.image_size
             flops = teacher.stand_in(path, num_classes=len(source.classes), image_size=size)
-            config = update.copy_of(config, {"teacher.kind": "saved_model", "teacher.path": str(path)})
+            own = {"teacher.kind": "saved_model", "teacher.path": str(path)}
+            plain = base.get_config().teacher  # the stand-in has no pin, no background, raw input
+            names = ("sha256", "members", "background", "class_names", "range", "mean", "std", "image_size")
+            config = update.copy_of(config, own | {f"teacher.{name}": plain[name] for name in names})
         result = teacher.measure(
             config,
             source,

@@ -46,6 +46,7 @@ def main(_) -> int:
     workdir = Path(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
 
     from deit import loop, runtime, teachers  # TensorFlow starts only now
+    from deit.data import stream
     from deit.teachers import ahead, labeller, report
 
     teachers.check(config)
@@ -57,11 +58,9 @@ def main(_) -> int:
         resolved, strategy, workdir=workdir, train_source=train_source, eval_source=eval_source, keeps_on=False
     )
     if shard[0] == 0:  # one of the shards is enough
-        from deit.data import stream
-
         batches = stream.evaluation(eval_source, resolved, batch=resolved.eval.batch)
         measured = teacher.measure(batches, resolved.resolved.classes)
-        logging.info("teacher %s", loop.headline(measured.metrics))
+        logging.info("teacher: %s", report.describe(measured))
         report.gate(measured, resolved.teacher.min_accuracy)
     fill(resolved, strategy, train_source, teacher, ahead.shard(range(first, last), *shard))
     return 0
@@ -88,21 +87,17 @@ def fill(config, strategy, source, teacher, updates: list[int]) -> None:
     from deit import plan
     from deit.teachers import ahead
 
-    lacking, cache = ahead.missing(config, teacher, updates), teacher.cache
-    there, often = len(updates) - len(lacking), 0.5 if sys.stderr.isatty() else 60  # seconds: logs need fewer lines
+    cache, often = teacher.cache, 0.5 if sys.stderr.isatty() else 60  # seconds: a log file needs fewer lines
+    looked = tqdm(updates, unit="update", desc="looking at what is there", leave=False, mininterval=often)
+    lacking = ahead.missing(config, teacher, looked)
+    there = len(updates) - len(lacking)
     logging.info("%d of %d updates are there; %d to compute", there, len(updates), len(lacking))
     with tqdm(total=len(updates), initial=there, unit="update", desc="answers", mininterval=often) as bar:
-
-        def advance() -> None:
-            if bar.update():  # true where the bar was drawn
-                bar.set_postfix_str(f"{plan.size(cache.disk_bytes())} on disk", refresh=False)
-
-        ahead.fill(config, strategy, source, teacher, lacking, advance=advance)
-    lost, total = ahead.missing(config, teacher, lacking), config.resolved.total_updates
-    now, whole = plan.size(cache.disk_bytes()), plan.size(cache.chunk_bytes() * total)
+        lost = ahead.fill(config, strategy, source, teacher, lacking, advance=bar.update)
+    total, now, whole = config.resolved.total_updates, cache.disk_bytes(), cache.chunk_bytes()
     print(
-        f"{len(updates) - len(lost)} of {len(updates)} updates in {cache.directory}, {now} on disk; the schedule's "
-        f"{total} take {whole}, {cache.chunk_bytes() / config.global_batch:.3g} bytes a position"
+        f"{len(updates) - len(lost)} of {len(updates)} updates in {cache.directory}, {plan.size(now)} on disk; the "
+        f"schedule's {total} take {plan.size(whole * total)}, {whole / config.global_batch:,.2f} bytes a position"
     )
     if lost:
         raise errors.UserError(f"the teacher gave no finite answers to {len(lost)} updates, the first is {lost[0]}")

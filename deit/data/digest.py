@@ -21,6 +21,7 @@ from pathlib import Path
 import tqdm
 
 from deit import errors
+from deit import workdir as run_directory
 from deit.data import encoded, folder_source, sources, tfds_source
 
 LIMIT = 100_000  # examples that a training run reads at its start: 11 s where the disk keeps up (2 cores)
@@ -67,7 +68,7 @@ def of(source, data_config, split: str, *, advance: Callable[[int], object] | No
 def of_split(source, data_config, split: str) -> str:
     """Return the stored digest of `source` where it is one of the data as it is now, otherwise compute it.
 
-    Errors: UserError where none is stored and the split has more than LIMIT examples.
+    Errors: UserError where none is stored and the split has more than LIMIT examples, or a file can't be read now.
     """
     place = _place(source, data_config, split)
     entry = _entries(place.path).get(place.key) if place else None
@@ -80,7 +81,11 @@ def of_split(source, data_config, split: str) -> str:
             f"data.name ({data_config.name}) split {split} has {len(source):,} examples, more than {LIMIT:,}, {why}: "
             f"run {_command(data_config)}"
         )
-    return of(source, data_config, split)
+    with _bar(source, data_config, split) as advance:
+        digest, empty = _read(source, advance)
+    if isinstance(source, folder_source.Files):
+        _check_read(data_config, place, empty)
+    return digest
 
 
 def store(data_config, split: str) -> tuple[str, Path | None]:
@@ -104,7 +109,8 @@ def store(data_config, split: str) -> tuple[str, Path | None]:
     entries = _entries(place.path)
     entries[place.key] = {"digest": digest, "examples": len(source), "files": stamp}
     try:
-        _write(place.path, {"version": _VERSION, "splits": entries})
+        content = json.dumps({"version": _VERSION, "splits": entries}, indent=2) + "\n"
+        run_directory.write(place.path, content.encode())
     except OSError as error:
         raise errors.UserError(
             f"data.name ({data_config.name}): {place.path} can't be written: {error.strerror or error}"
@@ -215,18 +221,6 @@ def _entries(path: Path) -> dict[str, dict]:
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-
-
-def _write(path: Path, content: dict) -> None:
-    temporary = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _command(data_config) -> str:

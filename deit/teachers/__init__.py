@@ -61,5 +61,17 @@ def preprocessing(config) -> dict[str, object]:
     return {} if config.teacher.kind == "none" else _KINDS[config.teacher.kind].preprocessing(config)
 
 
-# Each has the five functions above.
+def check_names(config, *, classes: tuple[str, ...], workdir: Path) -> None:
+    """Raise UserError where the teacher's class names, as its files say, are not the data's; nothing is built."""
+    if config.teacher.kind != "none":
+        for names in _KINDS[config.teacher.kind].classes(config, workdir=Path(workdir)):
+            base.check_names(f"the teacher ({config.teacher.kind})", names, tuple(classes))
+
+
+def absent(config) -> bool:
+    """Return whether the teacher can't be built because its archive, which is pinned, is not there."""
+    return config.teacher.kind != "none" and _KINDS[config.teacher.kind].absent(config)
+
+
+# Each has the functions above, and `classes` for check_names.
 _KINDS = {**ensemble.KINDS, "train": run, "ensemble": ensemble}

@@ -112,11 +112,17 @@ def check_classes(teacher: Teacher, classes: tuple[str, ...]) -> None:
         raise errors.UserError(
             f"teacher.kind: {teacher.name} has {teacher.num_classes} classes, it must have the data's {len(classes)}"
         )
-    if teacher.classes is not None and teacher.classes != tuple(classes):
-        i = next(i for i, pair in enumerate(zip(teacher.classes, classes)) if pair[0] != pair[1])
-        raise errors.UserError(
-            f"teacher.kind: class {i} of {teacher.name} is {teacher.classes[i]!r}, it must be the data's {classes[i]!r}"
-        )
+    if teacher.classes is not None:
+        check_names(teacher.name, teacher.classes, tuple(classes))
+
+
+def check_names(name: str, names: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    """Raise UserError unless the class names of a teacher are the data's, in their order."""
+    if len(names) != len(classes):
+        raise errors.UserError(f"teacher.kind: {name} has {len(names)} classes, it must have the data's {len(classes)}")
+    for i, (its, ours) in enumerate(zip(names, classes)):
+        if its != ours:
+            raise errors.UserError(f"teacher.kind: class {i} of {name} is {its!r}, it must be the data's {ours!r}")
 
 
 def class_names(path: str) -> tuple[str, ...] | None:

@@ -9,7 +9,8 @@ Promises:
 - A chunk, the answers to one global batch of the run that wrote it, is whole or not there: its sha256 over fingerprint,
   conditions, place and bytes is stored with it. One that is torn, damaged, moved or foreign is as good as absent.
 - A directory of another fingerprint is refused with the fields that differ; it is never read and never written.
-- Writers need no lock: they write the same bytes in the same places, and shards keep to files of their own.
+- Writers need no lock: they write the same bytes in the same places, and shards keep to files of their own. A directory
+  that a kill left half made is a cache.
 - Chunks may be written in any order and lost by a power cut; a kill loses the one being written.
 """
 
@@ -69,14 +70,15 @@ class Cache:
         Errors: UserError for another fingerprint (the fields that differ), a directory that is no cache, one to be read
         that only has answers of other conditions (unless `allow_ties`), one that can't be made.
         """
-        shown = f"teacher.cache_dir ({self.directory})"
-        found = self._read_manifest(shown)
-        if found is None and not writes:
-            raise errors.UserError(f"{shown} must hold a cache of teacher answers where teacher.cache is 'read'")
-        if found is None and self.directory.is_dir() and any(self.directory.iterdir()):
-            raise errors.UserError(f"{shown} must be empty, absent or a cache of teacher answers")
-        if found is not None and found != self._manifest:
-            lines = difference(found.get("fingerprint", {}), self._manifest["fingerprint"])
+        shown = _shown(self.directory)
+        found = manifest(self.directory, writes=writes)
+        if found is None:
+            with _writable(shown):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                _write(self.directory / _MANIFEST, self._manifest)  # first: what is half made is a cache
+            found = manifest(self.directory, writes=writes)  # another process may have been faster
+        if found != self._manifest:
+            lines = difference(found["fingerprint"], self._manifest["fingerprint"])
             raise errors.UserError(
                 f"{shown} holds the answers of another stream or teacher ({'; '.join(lines) or 'another format'}): "
                 "choose another teacher.cache_dir or put the fields back"
@@ -91,9 +93,9 @@ class Cache:
         self._others = [self._chunks(conditions) for conditions in others] if allow_ties else []
         if writes:
             with _writable(shown):
-                self._own.directory.mkdir(parents=True, exist_ok=True)
-                _write_new(self.directory / _MANIFEST, self._manifest)
-                _write_new(self._own.directory / _CONDITIONS, self._conditions)
+                self._own.directory.mkdir(exist_ok=True)
+                if not (self._own.directory / _CONDITIONS).exists():
+                    _write(self._own.directory / _CONDITIONS, self._conditions)
 
     def read(self, first: int, count: int) -> Found | None:
         """Return the answers at positions [first, first + count), None unless all are there."""
@@ -115,16 +117,28 @@ class Cache:
         """Return what one chunk takes in a file."""
         return self._own.record.itemsize
 
+    def count(self, updates: int) -> tuple[int, int]:
+        """Return how many of the first so many updates there are: own, and the most in a set of other conditions.
+
+        Chunks are looked at, not checked; of a set with another global_batch those that begin before the same position.
+        """
+        last = updates * self._own.positions
+        return self._own.count(updates), max((o.count(-(-last // o.positions)) for o in self._others), default=0)
+
     def disk_bytes(self) -> int:
-        """Return what the directory takes on disk."""
-        files = [path for path in self.directory.rglob("*") if path.is_file()]
-        return sum(path.stat().st_blocks * 512 for path in files)  # a file with gaps takes less than its length
+        """Return what the directory takes on disk; a file with gaps takes less than its length."""
+        total = 0
+        for folder, _, names in os.walk(self.directory):
+            for name in names:
+                with contextlib.suppress(OSError):  # another process may have renamed it
+                    total += os.stat(os.path.join(folder, name)).st_blocks * 512
+        return total
 
     def write_report(self, key: dict, arrays: dict[str, np.ndarray]) -> None:
         """Keep the teacher's answers to the evaluation split that `key` describes. Errors: OSError."""
         buffer = io.BytesIO()
         np.savez(buffer, key=np.array(json.dumps(_plain(key), sort_keys=True)), **arrays)
-        _replace(self._own.directory / _REPORT, buffer.getvalue())
+        run_directory.write(self._own.directory / _REPORT, buffer.getvalue())
 
     def read_report(self, key: dict) -> dict[str, np.ndarray] | None:
         """Return what `write_report` kept for the same key, None where there is none or it is damaged."""
@@ -137,22 +151,6 @@ class Cache:
                 if str(arrays.pop("key")) == wanted:
                     return arrays
         return None
-
-    def _read_manifest(self, shown: str) -> dict | None:
-        try:
-            text = (self.directory / _MANIFEST).read_text(encoding="utf-8")
-            found = json.loads(text)
-            if not isinstance(found, dict):
-                raise ValueError("no JSON object")
-            return found
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except ValueError as error:
-            raise errors.UserError(
-                f"{shown}: its {_MANIFEST} is damaged ({error}): choose another directory"
-            ) from error
-        except OSError as error:
-            raise errors.UserError(f"{shown} can't be read: {error.strerror}") from error
 
     def _sets(self) -> list[dict]:
         """Return the conditions of the sets that are not one's own, in the order of their directories."""
@@ -170,6 +168,32 @@ class Cache:
         return chunks.Chunks(directory, seed=seed, positions=int(conditions["global_batch"]), layout=self._layout)
 
 
+def manifest(directory: str | Path, *, writes: bool) -> dict | None:
+    """Return the manifest of a cache, None for a directory that is empty or absent and may be made one (`writes`).
+
+    Errors: UserError for what is no cache, or a damaged one.
+    """
+    directory = Path(directory).expanduser()
+    shown = _shown(directory)
+    try:
+        found = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("fingerprint"), dict):
+            raise ValueError("it has no fingerprint")
+        return found
+    except (FileNotFoundError, NotADirectoryError):
+        if not writes:
+            raise errors.UserError(
+                f"{shown} must hold a cache of teacher answers where teacher.cache is 'read'"
+            ) from None
+        if directory.is_dir() and any(not path.name.startswith(f"{_MANIFEST}.tmp-") for path in directory.iterdir()):
+            raise errors.UserError(f"{shown} must be empty, absent or a cache of teacher answers") from None
+        return None
+    except ValueError as error:
+        raise errors.UserError(f"{shown}: its {_MANIFEST} is damaged ({error}): choose another directory") from error
+    except OSError as error:
+        raise errors.UserError(f"{shown} can't be read: {error.strerror}") from error
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return `field: old -> new` for every field that differs, long values shortened."""
     return [
@@ -184,9 +208,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _plain(values: Mapping) -> dict:
-    """Return what JSON makes of a mapping, so that what was written equals what is to be."""
-    return json.loads(json.dumps(values))
+def _plain(value: Any) -> Any:
+    """Return what JSON makes of a value, 1.0 as 1: what was written equals what is to be, however it was typed."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _shown(directory: Path) -> str:
+    return f"teacher.cache_dir ({directory})"
 
 
 @contextlib.contextmanager
@@ -197,17 +229,5 @@ def _writable(shown: str) -> Iterator[None]:
         raise errors.UserError(f"{shown} can't be written: {error.strerror}") from error
 
 
-def _write_new(path: Path, values: dict) -> None:
-    """Write JSON, whole or not at all, unless the file is there: another process may be as far."""
-    if not path.exists():
-        _replace(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        run_directory.sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path: Path, values: dict) -> None:
+    run_directory.write(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())

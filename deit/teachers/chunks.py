@@ -8,6 +8,7 @@ Promises: a chunk that is torn, damaged, moved or of another seed is as good as 
 lock: they write the same bytes in the same places.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -37,7 +38,7 @@ class Chunks:
         readable = ("readable", "u1", (-(-self.positions // 8),))
         self.record = np.dtype([*self._fields, readable, ("sha256", "u1", (_DIGEST,))])
         self._header = _npy_header(self.record)
-        self._warned: set[int] = set()
+        self._warned: set[str] = set()
 
     def read(self, first: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
         """Return (answers, readable) at positions [first, first + count), None unless all are there."""
@@ -49,12 +50,19 @@ class Chunks:
                 return None
             chunks.append(chunk)
         rows = slice(first - low * self.positions, first - low * self.positions + count)
-        joined = {
-            name: np.concatenate([chunk[name] for chunk in chunks])[rows].astype(self._specs[name].dtype.as_numpy_dtype)
-            for name, _, _ in self._fields
-        }
+        kinds = {name: spec.dtype.as_numpy_dtype for name, spec in self._specs.items()}
+        joined = {name: np.concatenate([chunk[name] for chunk in chunks], dtype=kinds[name])[rows] for name in kinds}
         bits = [np.unpackbits(chunk["readable"], count=self.positions).astype(bool) for chunk in chunks]
         return joined, np.concatenate(bits)[rows]
+
+    def count(self, chunks: int) -> int:
+        """Return how many of the first so many chunks are there, by a look at each, not a check."""
+        found = 0
+        for low in range(0, chunks, CHUNKS):
+            with contextlib.suppress(OSError, ValueError):  # absent or damaged
+                records = np.load(self._file(low), mmap_mode="r", allow_pickle=False)
+                found += int(records["sha256"][: chunks - low].any(-1).sum())
+        return found
 
     def write(self, first: int, answers: Mapping[str, np.ndarray], readable: np.ndarray) -> None:
         """Write one chunk at its place; the file is made, or repaired, first. Errors: OSError."""
@@ -87,19 +95,25 @@ class Chunks:
             return None
         except OSError as error:
             return self._damaged(index, error.strerror or str(error))
-        if header == self._header and len(data) == self.record.itemsize:
-            if not any(data[-_DIGEST:]):
-                return None  # not written yet
-            if data[-_DIGEST:] == self._digest(index, data):
-                return np.frombuffer(data, self.record)[0]
+        if len(header) < len(self._header) or (header == self._header and not data):
+            return None  # another process is making the file
+        if header != self._header:
+            return self._damaged(index, "its header is damaged")
+        if len(data) < self.record.itemsize:
+            return self._damaged(index, "it is cut short")
+        if not any(data[-_DIGEST:]):
+            return None  # not written yet
+        if data[-_DIGEST:] != self._digest(index, data):
             return self._damaged(index, "its checksum is wrong")
-        return self._damaged(index, "it is cut short" if header == self._header else "its header is damaged")
+        return np.frombuffer(data, self.record)[0]
 
     def _damaged(self, index: int, why: str) -> None:
-        if index not in self._warned:
-            self._warned.add(index)
+        """Warn, once a file: a copy that went wrong has damage in every chunk."""
+        file = self._file(index).name
+        if file not in self._warned:
+            self._warned.add(file)
             positions = f"positions {index * self.positions} to {(index + 1) * self.positions - 1}"
-            logging.warning("%s, %s: %s; the answers are computed anew", self._file(index).name, positions, why)
+            logging.warning("%s, %s: %s; what is damaged in this file is computed anew", file, positions, why)
 
     def _digest(self, index: int, data: bytes) -> bytes:
         digest = hashlib.sha256(self._seed + index.to_bytes(8, "little"))

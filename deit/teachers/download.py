@@ -17,6 +17,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,7 +36,14 @@ TIMEOUT = 60  # seconds without a byte
 BLOCK = 1 << 20
 # What zipfile lets through: RuntimeError is an encrypted member, zlib.error and EOFError a damaged stream.
 _DAMAGE = (
-    *(OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError),
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
 )
 
 
@@ -57,7 +65,7 @@ def fetch(url: str) -> Path:
         if path.is_file():
             return path
     logging.info("downloading %s to %s", url, path)
-    temporary = path.with_name(f"{path.name}.part-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.part-{uuid.uuid4().hex[:12]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _download(url, temporary)
@@ -102,7 +110,7 @@ def check_sha256(path: Path, pinned: str) -> str:
         recorded = record.read_text(errors="replace").split()[:1] if record.is_file() else None
     if recorded is None:
         try:
-            record.write_text(f"{found}  {path.name}\n")
+            run_directory.write(record, f"{found}  {path.name}\n".encode())
         except OSError as error:
             logging.warning("the sha256 of %s is not recorded: %s", path, error)
         logging.info("sha256 of %s is %s", path, found)

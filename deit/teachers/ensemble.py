@@ -1,5 +1,6 @@
 """Several teachers as one: their probabilities are averaged. Each carries its own preprocessing."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def identity(config, *, workdir: Path) -> str:
 def preprocessing(config) -> dict[str, object]:
     """Return that of each member, in order."""
     return {"teacher.members": _each(config, lambda kind, member: kind.preprocessing(member))}
+
+
+def classes(config, *, workdir: Path) -> list[tuple[str, ...]]:
+    """Return the class names of the members that have some."""
+    return list(itertools.chain(*_each(config, lambda kind, member: kind.classes(member, workdir=workdir))))
+
+
+def absent(config) -> bool:
+    """Return whether a member has nothing to load."""
+    return any(_each(config, lambda kind, member: kind.absent(member)))
 
 
 def _joined(identities: list[str]) -> str:

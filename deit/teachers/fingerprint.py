@@ -8,9 +8,13 @@ a refusal can name them; the data set is its content's digest, wherever and in w
 
 from typing import Any
 
+import numpy as np
+import PIL
 import tensorflow as tf
 
+import deit
 from deit import config as configuration
+from deit import keras
 from deit.data import stream
 from deit.teachers import labels
 
@@ -48,15 +52,21 @@ def conditions(config, *, device: str) -> dict[str, Any]:
         "teacher.batch": labels.rows_a_pass(config),
         "teacher.precision": _precision(config),
         "device": device,
-        "tensorflow": tf.__version__,
+        "software": _software(),
     }
 
 
 def _precision(config) -> str:
-    if config.teacher.kind != "saved_model":
-        return config.teacher.precision or config.precision
-    own = config.teacher.precision or "as saved"
-    return f"{own}, tf32" if config.precision == "tf32" else own  # which is the process's
+    own = config.teacher.precision or config.precision
+    if config.teacher.kind == "saved_model":
+        own = "as saved" if config.teacher.precision in ("", "float32") else config.teacher.precision
+    return f"{own}, tf32" if config.precision == "tf32" else own  # TF32 is the process's, whatever the teacher's is
+
+
+def _software() -> str:
+    """Return the versions of what makes pictures and answers."""
+    parts = {"deit": deit, "tensorflow": tf, "keras": keras, "numpy": np, "pillow": PIL}
+    return ", ".join(f"{name} {module.__version__}" for name, module in parts.items())
 
 
 def of_evaluation(config, *, data_digest: str, identity: str, preprocessing: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,17 @@ def names() -> tuple[str, ...]:
     return tuple(_NETWORKS)
 
 
+def classes(config, *, workdir: Path) -> list[tuple[str, ...]]:
+    """Return the class names of teacher.class_names, if any."""
+    found = base.class_names(config.teacher.class_names)
+    return [] if found is None else [found]
+
+
+def absent(config) -> bool:
+    """Return False: weights that are not there are refused at the start."""
+    return False
+
+
 def _input(config) -> base.Input:
     _, declared = _NETWORKS[config.teacher.name]
     return dataclasses.replace(declared, size=config.teacher.image_size or config.data.image_size)

@@ -34,14 +34,15 @@ class Labeller:
         strategy: tf.distribute.Strategy,
         build: Callable[[], base.Teacher],
         *,
-        identity: str = "",
+        identity: str,
         kept: cache.Cache | None = None,
         report_key: dict | None = None,
         keeps_on: bool = True,
     ):
         """Take a teacher that is built by `build` when it is needed, and with `kept` a cache that is open.
 
-        `keeps_on`: whether work goes on where an answer can't be kept; else that is a UserError.
+        `identity` is what the teacher must have then. `keeps_on`: whether work goes on where an answer can't be kept;
+        else that is a UserError.
         """
         self._config, self._strategy, self._build = config, strategy, build
         self.cache, self._report_key, self._keeps_on = kept, report_key, keeps_on
@@ -51,21 +52,27 @@ class Labeller:
         self._answer: Callable | None = None
         self._news: dict[str, float] = {}
         self._compared = False
-        self.identity = identity or self.teacher().identity
+        self.identity = identity
         self.from_cache = self.computed = 0
 
     def teacher(self) -> base.Teacher:
-        """Return the teacher, built at the first call."""
+        """Return the teacher, built at the first call. Errors: UserError where it is not what it was at the start."""
         if self._teacher is None:
             with self._strategy.scope():
-                self._teacher = self._build()
+                built = self._build()
+            if built.identity != self.identity:  # its answers would be kept, or told, as another one's
+                raise errors.UserError(
+                    f"the teacher ({built.name}) has changed since this run began ({self.identity[:80]} -> "
+                    f"{built.identity[:80]}): start again when it is finished"
+                )
+            self._teacher = built
         return self._teacher
 
     def describe(self) -> str:
         """Return one line for the plan."""
         if self._teacher is not None:
             return self._teacher.describe()
-        return f"{self._config.teacher.kind}, not loaded: its answers are in {self._config.teacher.cache_dir}"
+        return f"{self._config.teacher.kind}, not loaded yet: its answers are looked for in {self.cache.directory}"
 
     def measure(self, batches: Iterable, classes: tuple[str, ...]) -> report.Report:
         """Return the teacher's report on the evaluation batches, from the cache where it has it."""
@@ -74,7 +81,8 @@ class Labeller:
             return report.rebuild(**parts, classes=classes)
         logging.info("measuring the teacher on %s", self._config.data.eval_split)
         found = report.measure(self.teacher(), batches, classes)
-        if self._writes:
+        whole = found.metrics["teacher/images"] == self._config.resolved.eval_size
+        if self._writes and whole:  # an image that could not be read now may be read the next time
             self._keep(lambda: self.cache.write_report(self._report_key, found.arrays()))
         return found
 
@@ -86,7 +94,7 @@ class Labeller:
         if found is not None and np.array_equal(found.readable, readable):
             self.from_cache += 1
             if not found.own and not self._compared:
-                self._compare(found.answers, self._host(self._computed(batch)))
+                self._compare(batch, found.answers, update)
             return feed.spread(self._strategy, found.answers)
         answers = self._computed(batch)
         self.computed += 1
@@ -127,15 +135,23 @@ class Labeller:
             logging.warning("%s; training goes on, its answers are no longer kept", where)
             self._writes = False
 
-    def _compare(self, cached: dict[str, np.ndarray], computed: dict[str, np.ndarray]) -> None:
-        """Measure how far answers made under other conditions are those that are given here."""
+    def _compare(self, batch: dict, cached: dict[str, np.ndarray], update: int) -> None:
+        """Measure, once, how far answers made under other conditions are those that are given here."""
+        self._compared = True
+        if teachers.absent(self._config):
+            logging.warning("the teacher is absent: how many answers of other conditions agree is not measured")
+            return
         form = labels.layout(self._config)
-        told = [form.targets({n: tf.constant(v) for n, v in each.items()}).numpy() for each in (cached, computed)]
+        told = [
+            form.targets({name: tf.constant(value) for name, value in answers.items()}).numpy()
+            for answers in (cached, self._host(self._computed(batch)))
+        ]
         best = told if form.kind == "hard" else [each.argmax(-1) for each in told]
         agreement = float((best[0] == best[1]).mean())
-        self._news["teacher/cache_agreement"], self._compared = agreement, True
         apart = "" if form.kind == "hard" else f", logits at most {np.abs(told[0] - told[1]).max():.3g} apart"
-        logging.info("answers of the cache, made under other conditions: %.4f agree%s", agreement, apart)
+        logging.info("update %d: %.4f of the cache's answers, made otherwise, agree%s", update + 1, agreement, apart)
+        if update == 0:  # a later one is that of a continued run, which logs what it would have without the stop
+            self._news["teacher/cache_agreement"] = agreement
 
     def _host(self, answers: labels.Answers) -> dict[str, np.ndarray]:
         return {name: feed.local(self._strategy, value) for name, value in answers.items()}
@@ -162,7 +178,13 @@ def open_labeller(
         return teachers.build(config, classes=classes, workdir=workdir)
 
     if mode == "off":
-        return Labeller(config, strategy, build)
+        if config.teacher.cache_dir:
+            logging.warning("teacher.cache_dir (%s) is not used: teacher.cache is 'off'", config.teacher.cache_dir)
+        with strategy.scope():
+            teacher = build()
+        return Labeller(config, strategy, lambda: teacher, identity=teacher.identity)
+    cache.manifest(config.teacher.cache_dir, writes=mode != "read")  # before the data is read for its digest
+    teachers.check_names(config, classes=classes, workdir=workdir)
     identity = teachers.identity(config, workdir=workdir)
     known = {"identity": identity, "preprocessing": teachers.preprocessing(config)}
     train_digest = digest.of_split(train_source, config.data, config.data.train_split)
@@ -174,5 +196,19 @@ def open_labeller(
         layout=labels.layout(config),
     )
     kept.open(reads=mode != "write", writes=mode != "read", allow_ties=config.teacher.allow_ties)
+    _tell(config, kept)
     key = fingerprint.of_evaluation(config, data_digest=eval_digest, **known)
     return Labeller(config, strategy, build, identity=identity, kept=kept, report_key=key, keeps_on=keeps_on)
+
+
+def _tell(config, kept: cache.Cache) -> None:
+    """Log how much of the schedule the cache has. Errors: UserError where it is not all and there is no teacher."""
+    total = config.resolved.total_updates
+    own, others = kept.count(total)
+    tied = f", {others} of other conditions" if config.teacher.allow_ties else ""
+    logging.info("answers to %d of %d updates are in %s%s", own, total, kept.directory, tied)
+    if teachers.absent(config) and max(own, others) < total:
+        raise errors.UserError(
+            f"teacher.path ({config.teacher.path!r}) is not there, and {kept.directory} has the answers to "
+            f"{max(own, others)} of {total} updates: it must have them all, or the teacher be put there"
+        )

@@ -125,9 +125,8 @@ def function(config, teacher) -> Callable[[dict[str, tf.Tensor]], Answers]:
         said = {name: tf.reshape(value, [count * chunk, *value.shape[2:]]) for name, value in said.items()}
         if count * chunk == size:
             return said
-        with tf.control_dependencies(
-            said.values()
-        ):  # not at once with the loop: that would hold two sets of activations
+        # After the loop and not at once with it: that would hold two sets of activations.
+        with tf.control_dependencies(said.values()):
             rest = answer(batch, count * chunk, size - count * chunk)
         return {name: tf.concat([value, rest[name]], 0) for name, value in said.items()}
 

@@ -14,6 +14,8 @@ import tqdm
 from deit import calibration, errors
 from deit.teachers import base
 
+SHOWN = 20  # recalls in a line of the log
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -92,6 +94,16 @@ def rebuild(
 
 def _nothing_counts() -> errors.UserError:
     return errors.UserError("data.eval_split must hold a readable image to measure the teacher on")
+
+
+def describe(report: Report) -> str:
+    """Return the report in a line: top-1, calibration, and recalls, the lowest where there are many classes."""
+    recalls = {n.split("/", 2)[2]: v for n, v in report.metrics.items() if n.startswith("teacher/recall/")}
+    lowest = sorted(recalls, key=recalls.get)[:SHOWN] if len(recalls) > SHOWN else list(recalls)
+    what = f"recall, the lowest {SHOWN} of {len(recalls)}" if len(recalls) > SHOWN else "recall"
+    top1, ece, images = (report.metrics[f"teacher/{name}"] for name in ("top1", "ece", "images"))
+    each = ", ".join(f"{name} {recalls[name]:.3f}" for name in lowest)
+    return f"top1 {top1:.4f}  ece {ece:.4f}  of {images:.0f} images; {what}: {each}"
 
 
 def gate(report: Report, min_accuracy: float) -> None:

@@ -75,6 +75,16 @@ def preprocessing(config) -> dict[str, object]:
     return base.fields(_input(of_run)) | {f"teacher.model.{name}": value for name, value in inside.items()}
 
 
+def classes(config, *, workdir: Path) -> list[tuple[str, ...]]:
+    """Return the class names of the run."""
+    return [tuple(_config_of(_path(config, workdir)).resolved.classes)]
+
+
+def absent(config) -> bool:
+    """Return False: a run that is not there is refused at the start."""
+    return False
+
+
 def _input(of_run) -> base.Input:
     return base.Input(of_run.data.image_size)  # the model scales for itself
 

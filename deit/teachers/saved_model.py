@@ -4,6 +4,7 @@ A SavedModel is a program: loading one runs what its author wrote. Pin what you 
 """
 
 import hashlib
+import os
 from concurrent import futures
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def identity(config, *, workdir: Path) -> str:
 def preprocessing(config) -> dict[str, object]:
     """Return the declared input (size 0: what the model fixes, else the picture's) and what is cut off its logits."""
     return base.fields(_input(config, config.teacher.image_size)) | {"teacher.background": config.teacher.background}
+
+
+def classes(config, *, workdir: Path) -> list[tuple[str, ...]]:
+    """Return the class names of teacher.class_names, if any."""
+    found = base.class_names(config.teacher.class_names)
+    return [] if found is None else [found]
+
+
+def absent(config) -> bool:
+    """Return whether there is nothing to load: an archive that is pinned and not there."""
+    file = _file(config.teacher.path)
+    return bool(config.teacher.sha256) and not _is_url(config.teacher.path) and not file.exists()
 
 
 def _input(config, size: int) -> base.Input:
@@ -171,7 +184,9 @@ def _sha256_of_files(directory: Path) -> str:
     """Return the sha256 over relative name and sha256 of every file in a directory, sorted by name."""
     digest = hashlib.sha256()
     with base.readable(f"teacher.path ({directory})"):
-        files = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+        # Path.rglob enters no linked directory, where the variables may be.
+        found = [Path(folder) / name for folder, _, names in os.walk(directory, followlinks=True) for name in names]
+        files = {file.relative_to(directory).as_posix(): file for file in found}
         for name in sorted(files):
             digest.update(len(name.encode()).to_bytes(8, "little") + name.encode())
             digest.update(bytes.fromhex(run_directory.describe(files[name])["sha256"]))
