@@ -173,7 +173,7 @@ def test_write_computes_everything_even_what_is_there(filled):
         ({"data.image_size": 40}, "data.image_size: 32 -> 40"),
         ({"model.mean": (0.5, 0.5, 0.5)}, "model.mean: "),
         ({"distill.kind": "soft"}, "distill.kind: hard -> soft"),
-        ({"teacher.range": (0.0, 1.0)}, "teacher.range: [0.0, 255.0] -> [0.0, 1.0]"),
+        ({"teacher.range": (0.0, 1.0)}, "teacher.range: [0, 255] -> [0, 1]"),
     ],
 )
 def test_a_run_that_would_show_its_teacher_another_picture_or_ask_otherwise_is_refused(full, changes, field):

@@ -176,6 +176,8 @@ def manifest(directory: str | Path, *, writes: bool) -> dict | None:
     directory = Path(directory).expanduser()
     shown = _shown(directory)
     try:
+        # Listed before the manifest is read: what another process makes beside it meanwhile comes after it.
+        names = os.listdir(directory) if directory.is_dir() else []
         found = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("fingerprint"), dict):
             raise ValueError("it has no fingerprint")
@@ -185,7 +187,7 @@ def manifest(directory: str | Path, *, writes: bool) -> dict | None:
             raise errors.UserError(
                 f"{shown} must hold a cache of teacher answers where teacher.cache is 'read'"
             ) from None
-        if directory.is_dir() and any(not path.name.startswith(f"{_MANIFEST}.tmp-") for path in directory.iterdir()):
+        if any(not name.startswith(f"{_MANIFEST}.tmp-") for name in names):
             raise errors.UserError(f"{shown} must be empty, absent or a cache of teacher answers") from None
         return None
     except ValueError as error:
