@@ -182,7 +182,9 @@ def open_labeller(
             logging.warning("teacher.cache_dir (%s) is not used: teacher.cache is 'off'", config.teacher.cache_dir)
         with strategy.scope():
             teacher = build()
-        return Labeller(config, strategy, lambda: teacher, identity=teacher.identity)
+        found = Labeller(config, strategy, lambda: teacher, identity=teacher.identity)
+        found.teacher()  # at once: it is used, and the plan describes it
+        return found
     cache.manifest(config.teacher.cache_dir, writes=mode != "read")  # before the data is read for its digest
     teachers.check_names(config, classes=classes, workdir=workdir)
     identity = teachers.identity(config, workdir=workdir)
