@@ -275,7 +275,7 @@ def clock(monkeypatch):
 
 def test_elsewhere_than_on_a_terminal_a_log_step_is_one_line(monkeypatch, clock, caplog):
     monkeypatch.setattr(sys, "stderr", Terminal(False))
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")  # a SavedModel that was saved before leaves it at WARNING
     progress = summaries.Progress(start=10, total=258, batch=32, log_every=2)
     for step in range(11, 15):
         clock[0] += 30.0 if step == 11 else 2.0  # the first update compiles
@@ -305,7 +305,7 @@ def test_time_away_counts_neither_as_speed_nor_as_time_to_go(monkeypatch, clock)
 
 def test_the_last_update_is_shown_whatever_the_interval(monkeypatch, clock, caplog):
     monkeypatch.setattr(sys, "stderr", Terminal(False))
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")  # a SavedModel that was saved before leaves it at WARNING
     progress = summaries.Progress(start=0, total=7, batch=8, log_every=5)
     for step in range(1, 8):
         clock[0] += 1.0
