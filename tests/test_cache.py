@@ -186,6 +186,7 @@ def test_a_file_that_is_cut_short_loses_what_was_cut_and_is_mended_by_writing(tm
     header = len(whole) - chunks.CHUNKS * found.chunk_bytes()
     complete = max(0, (len(whole[:kept]) - header) // found.chunk_bytes())
     assert holds(found, range(chunks.CHUNKS)) == [i < complete for i in range(chunks.CHUNKS)]
+    assert found.count(chunks.CHUNKS) == (complete, 0)
     fill(found, range(complete, chunks.CHUNKS))
     assert path.read_bytes() == whole
 
