@@ -106,7 +106,7 @@ def get_config() -> ConfigDict:
     # ensemble: KIND:PATH (saved_model, run) or keras_application:NAME each, then FIELD=VALUE of teacher.* after spaces
     c.teacher.members = ()  # ("run:runs/a", "saved_model:hub/b image_size=299 range=(0,1)"): probabilities are averaged
     c.teacher.batch = 64  # images per teacher pass, whatever micro_batch is
-    c.teacher.precision = ""  # "" (the student's) | float32 | mixed_bfloat16 | mixed_float16
+    c.teacher.precision = ""  # "" (the student's; a SavedModel's own) | float32 | mixed_bfloat16 | mixed_float16
     c.teacher.min_accuracy = 0.0  # refuse to train below this top-1 on the evaluation split, 0 to 1
     c.teacher.top_k = 0  # soft: logits the student learns from, the remaining probability spread evenly; 0 = all
     c.teacher.logits_dtype = "float32"  # soft: float32 | float16, what the logits are rounded to, cached or not

@@ -8,10 +8,10 @@ python main.py --config=configs/deit_tiny_flowers.py \\
 Batch-norm statistics stay ImageNet's; every other weight is trained. Without a network, name a Keras weights
 file: --config.model.weights=FILE.h5. A linear head alone reaches 91.8 % on train[90%:].
 
-For your own pictures, in all three commands: --config.data.name=folder:PICTURES and, where the folder has its own,
---config.data.train_split=train --config.data.eval_split=val (docs/data.md), with another --workdir. Then look at the
-report (the second command): a class of low recall is one that the student will be taught wrongly. What to change for
-a better teacher, in this order:
+For your own pictures, in the first and the third command: --config.data.name=folder:PICTURES and, where the folder
+has splits of its own, --config.data.train_split=train --config.data.eval_split=val (docs/data.md). The first one's
+--workdir=runs/NAME is then --ckpt and --config.teacher.path. Look at the report (the second command): a class of low
+recall is one that the student will be taught wrongly. What to change for a better teacher, in this order:
 - a larger backbone: --config.model.backbone=EfficientNetV2S --config.model.cut= (with its whole body); any name of
   deit/models/cnn.py. A teacher at 299 px teaches a student at 224: --config.data.image_size=299.
 - longer: --config.epochs=20.

@@ -46,7 +46,7 @@ def _of_type(value: str, default: Any, text: str) -> Any:
         return value
     try:
         given = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval lets through
         given = None
     if isinstance(default, tuple) and isinstance(given, tuple) and all(type(v) in (int, float) for v in given):
         return tuple(map(float, given))

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from deit import config as configuration
-from deit import errors, members
+from deit import errors, members, workdir
 
 MAX_LEVEL = 10.0  # timm's scale of RandAugment magnitudes
 
@@ -244,9 +244,12 @@ def _members_fit(config) -> str | None:
     if len(teacher.members) < 2:
         return f"teacher.members ({teacher.members}) must name two teachers or more"
     try:
-        for member in members.parse(teacher):
-            validate(_of_teacher(config, member))
-    except (ValueError, errors.UserError) as error:
+        for text, member in zip(teacher.members, members.parse(teacher), strict=True):
+            try:
+                validate(_of_teacher(config, member))
+            except errors.UserError as error:
+                raise ValueError(f"{text!r}: {error}") from error
+    except ValueError as error:
         return f"teacher.members: {error}"
     return None
 
@@ -255,7 +258,7 @@ def _cache_fits(config) -> str | None:
     teacher = config.teacher
     if teacher.cache != "off" and not teacher.cache_dir:
         return f"teacher.cache_dir ('') must be given where teacher.cache is {teacher.cache!r}"
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", teacher.cache_dir):
+    if workdir.is_url(teacher.cache_dir):
         return f"teacher.cache_dir ({teacher.cache_dir!r}) must be a path of a mounted file system, not a URL"
     if teacher.cache != "off" and config.distill.kind == "none":
         return f"teacher.cache ({teacher.cache!r}) must be off where distill.kind is 'none': nothing asks the teacher"

@@ -4,6 +4,7 @@ Promises: `prepare` is called once, before anything touches a device; the same c
 layout computes the same bits; `strategy=auto` is one device, the first GPU or else the CPU, even where there are more.
 """
 
+import os
 import platform
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import tensorflow as tf
 from deit import errors
 
 DONE, DIVERGED = 0, 4  # exit codes; `cli` has 1 for errors and 130 for Ctrl-C
+
+_ONEDNN = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 
 def prepare(precision: str, *, logical_cpus: int = 1) -> None:
@@ -43,11 +46,13 @@ def make_strategy(name: str, devices: int = 0) -> tf.distribute.Strategy:
 def device_kind(strategy: tf.distribute.Strategy) -> str:
     """Return the models of the devices that a run computes on: equal ones give equal bits.
 
-    A GPU comes with the CPU beside it, which decodes and augments.
+    A GPU comes with the CPU beside it, which decodes and augments. Of a CPU the number of cores belongs to it, which
+    decides how sums are cut where oneDNN is off, and so do the variables that switch oneDNN.
     """
     kind = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type
     if kind != "GPU":
-        return _cpu()
+        switches = [f"{name}={os.environ[name]}" for name in _ONEDNN if name in os.environ]
+        return ", ".join([_cpu(), f"{len(os.sched_getaffinity(0))} cores", *switches])
     gpu = tf.config.list_physical_devices("GPU")[0]
     return f"{tf.config.experimental.get_device_details(gpu).get('device_name', 'GPU')}, {_cpu()}"
 

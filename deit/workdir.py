@@ -14,9 +14,14 @@ from deit import errors
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: pathlib turns gs://x into gs:/x
 
 
+def is_url(path: str | Path) -> bool:
+    """Return whether a path names no place in a mounted file system (gs://...)."""
+    return bool(_URL.match(str(path)))
+
+
 def check_workdir(path: str | Path) -> Path:
     """Return `path` as a Path. Errors: UserError for a URL: renames and locks need a mounted file system."""
-    if _URL.match(str(path)):
+    if is_url(path):
         raise errors.UserError(f"workdir ({path}) must be a path of a mounted file system, not a URL")
     return Path(path)
 

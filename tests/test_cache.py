@@ -155,8 +155,9 @@ def test_a_whole_number_is_one_however_it_was_typed(tmp_path):
 
 def test_what_is_there_is_counted_up_to_the_end_of_the_schedule(tmp_path):
     fill(opened(tmp_path / "c"), [0, 1, 31, 32, 40, 70])
-    assert opened(tmp_path / "c").count(41) == (5, 0)
-    assert opened(tmp_path / "c", allow_ties=True, global_batch=16).count(20) == (0, 4)  # positions below 320
+    assert opened(tmp_path / "c").count(41) == (5, 5)
+    # An update of 16 positions needs two chunks of 8: the first has both, the 16th and 17th have one.
+    assert opened(tmp_path / "c", allow_ties=True, global_batch=16).count(20) == (0, 1)
 
 
 def flipped(path, place):
@@ -186,7 +187,7 @@ def test_a_file_that_is_cut_short_loses_what_was_cut_and_is_mended_by_writing(tm
     header = len(whole) - chunks.CHUNKS * found.chunk_bytes()
     complete = max(0, (len(whole[:kept]) - header) // found.chunk_bytes())
     assert holds(found, range(chunks.CHUNKS)) == [i < complete for i in range(chunks.CHUNKS)]
-    assert found.count(chunks.CHUNKS) == (complete, 0)
+    assert found.count(chunks.CHUNKS) == (complete, complete)
     fill(found, range(complete, chunks.CHUNKS))
     assert path.read_bytes() == whole
 
@@ -254,6 +255,20 @@ def test_answers_of_other_conditions_are_refused_by_name_and_taken_with_allow_ti
     assert holds(exact, [0, 1]) == [True, False]
 
 
+def test_sets_of_other_conditions_are_counted_together(tmp_path):
+    fill(opened(tmp_path / "c"), range(6))
+    fill(opened(tmp_path / "c", allow_ties=True, device="GPU y"), range(4, 10))
+    assert opened(tmp_path / "c").count(20) == (6, 6)
+    assert opened(tmp_path / "c", allow_ties=True).count(20) == (6, 10)
+
+
+def test_an_empty_set_of_one_s_own_does_not_hide_that_there_are_others(tmp_path):
+    fill(opened(tmp_path / "c"), [0])
+    opened(tmp_path / "c", reads=False, device="GPU y")
+    with pytest.raises(errors.UserError, match=r"device: CPU x -> GPU y"):
+        opened(tmp_path / "c", device="GPU y")
+
+
 def test_another_global_batch_reads_by_position_with_allow_ties(tmp_path):
     fill(opened(tmp_path / "c"), range(3))
     tied = opened(tmp_path / "c", writes=False, allow_ties=True, global_batch=12)
@@ -275,7 +290,12 @@ def test_the_report_is_given_back_for_the_same_question_only(tmp_path):
     assert all(back[name].tobytes() == arrays[name].tobytes() for name in arrays)
     assert found.read_report({"data": "f", "size": [1, 2]}) is None
     (path,) = (tmp_path / "c").glob("*/report.npz")
-    path.write_bytes(path.read_bytes()[:-40])
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+        back = found.read_report({"data": "e", "size": [1, 2]})
+        assert back is None or all(back[name].tobytes() == arrays[name].tobytes() for name in arrays)
+    path.write_bytes(whole[:-40])
     assert found.read_report({"data": "e", "size": [1, 2]}) is None
 
 

@@ -1,5 +1,6 @@
 """Archives and downloads: from a server on loopback, and what must not be unpacked."""
 
+import atexit
 import contextlib
 import hashlib
 import http.server
@@ -8,6 +9,7 @@ import shutil
 import socket
 import stat
 import tarfile
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -17,6 +19,9 @@ import pytest
 from deit import errors, teachers
 from tests import stand_ins
 from tests.stand_ins import assert_is_stand_in, build, config, identity
+
+OUTSIDE = Path(tempfile.mkdtemp(prefix="deit-test-"))  # where an absolute member would go
+atexit.register(OUTSIDE.rmdir)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def test_a_teacher_file_that_may_not_be_read_is_one_line_with_its_path(archive, 
 
 
 @contextlib.contextmanager
-def server(directory, *, cut=0):
+def server(directory, *, cut=0, chunked=False):
     """Serve a directory on loopback, each answer `cut` bytes short; yield (url, paths asked for)."""
     requests = []
 
@@ -78,9 +83,14 @@ def server(directory, *, cut=0):
                 return self.send_error(404)
             body = file.read_bytes()
             self.send_response(200)
+            if chunked:
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(f"{len(body):x}\r\n".encode() + body[: len(body) - cut])
+                return None
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: len(body) - cut])
+            return self.wfile.write(body[: len(body) - cut])
 
         def log_message(self, *arguments):
             pass
@@ -113,7 +123,7 @@ def test_a_url_is_downloaded_once_and_its_sha256_recorded(zipped, cache):
 
 def test_a_download_that_breaks_off_leaves_nothing_and_a_missing_file_says_so(zipped, cache):
     with server(zipped.parent, cut=7) as (url, _):
-        with pytest.raises(errors.UserError, match=r"the connection ended after|IncompleteRead"):
+        with pytest.raises(errors.UserError, match=r"the connection ended after"):
             build(kind="saved_model", path=f"{url}/{zipped.name}")
         with pytest.raises(errors.UserError, match=r"can't be downloaded: HTTP Error 404.*give its path"):
             build(kind="saved_model", path=f"{url}/none.zip")
@@ -141,7 +151,7 @@ def link(name, target):
 
 
 @pytest.mark.parametrize(
-    "member", [("../out.txt", "x"), ("/tmp/deit-out.txt", "x"), ("in/../../out.txt", "x"), link("l", "/etc")]
+    "member", [("../out.txt", "x"), (f"{OUTSIDE}/deit-out.txt", "x"), ("in/../../out.txt", "x"), link("l", "/etc")]
 )
 def test_zip_members_that_lead_outside_are_refused(tmp_path, member):
     path = tmp_path / "inner" / "evil.zip"
@@ -153,7 +163,7 @@ def test_zip_members_that_lead_outside_are_refused(tmp_path, member):
         errors.UserError, match=r"must be a file or directory with a relative path, no link, no device, no \.\.$"
     ):
         build(kind="saved_model", path=str(path))
-    assert not (tmp_path / "out.txt").exists() and not Path("/tmp/deit-out.txt").exists()
+    assert not (tmp_path / "out.txt").exists() and not (OUTSIDE / "deit-out.txt").exists()
     assert [file.name for file in path.parent.iterdir() if file.is_dir()] == []
 
 
@@ -167,7 +177,7 @@ def tar_member(name, kind=tarfile.REGTYPE, target=""):
     "member",
     [
         tar_member("../out.txt"),
-        tar_member("/tmp/deit-out.txt"),
+        tar_member(f"{OUTSIDE}/deit-out.txt"),
         tar_member("in/../../out.txt"),
         tar_member("in\\..\\..\\out.txt"),
         tar_member("l", tarfile.SYMTYPE, "/etc"),
@@ -185,7 +195,7 @@ def test_tar_members_that_lead_outside_or_are_no_files_are_refused(tmp_path, mem
         file.addfile(member)
     with pytest.raises(errors.UserError, match=r"must be a file or directory with a relative path, no link, no device"):
         build(kind="saved_model", path=str(path))
-    assert not (tmp_path / "out.txt").exists() and not Path("/tmp/deit-out.txt").exists()
+    assert not (tmp_path / "out.txt").exists() and not (OUTSIDE / "deit-out.txt").exists()
     assert [file.name for file in path.parent.iterdir() if file.is_dir()] == []
 
 
@@ -256,3 +266,27 @@ def test_an_identity_downloads_what_nothing_pins_and_takes_the_pin_until_it_is_t
             identity(kind="saved_model", path=path, sha256="0" * 64)
         assert build(kind="saved_model", path=path, sha256=digest.upper()).identity == digest
     assert requests == [f"/{zipped.name}"]
+
+
+def test_an_answer_that_breaks_http_s_rules_is_one_line(zipped, cache):
+    with server(zipped.parent, cut=7, chunked=True) as (url, _):
+        with pytest.raises(errors.UserError, match=r"can't be downloaded: .*IncompleteRead.*give its path"):
+            build(kind="saved_model", path=f"{url}/{zipped.name}")
+        with pytest.raises(errors.UserError, match=r"can't be downloaded: .*give its path"):
+            build(kind="saved_model", path=url.replace("127.0.0.1:", "127.0.0.1:x") + "/t.zip")
+    assert not list(cache.iterdir())
+
+
+def test_a_page_instead_of_an_archive_says_what_to_remove(tmp_path, cache):
+    (tmp_path / "page").write_text("<html>sign in</html>")
+    said = r"for a new download remove it and \S+page.sha256"
+    with server(tmp_path) as (url, _), pytest.raises(errors.UserError, match=said):
+        build(kind="saved_model", path=f"{url}/page")
+
+
+def test_an_archive_that_is_larger_than_the_disk_is_refused_before_it_fills_it(archive, monkeypatch):
+    usage = shutil.disk_usage(archive.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(errors.UserError, match=r"unpacks to [\d,]+ bytes, the disk has 100$"):
+        build(kind="saved_model", path=str(archive))
+    assert not [path for path in archive.parent.iterdir() if path.is_dir()]

@@ -224,6 +224,22 @@ def test_an_absent_teacher_whose_answers_are_all_there_is_not_missed(teacher, tm
         opened(changed(config, **{"total_updates": 9}))
 
 
+def test_without_a_cache_the_teacher_is_there_and_described_from_the_start(full, monkeypatch):
+    _, _, _, found = opened(changed(full[0], **{"teacher.cache": "off", "teacher.cache_dir": ""}))
+    monkeypatch.setattr(teachers, "build", None)
+    assert "32 px" in found.describe() and found.cache is None
+    assert found.measure(_evaluation(full[0]), tuple("0123456789")).metrics["teacher/images"] == 450
+
+
+def test_the_machine_and_its_software_are_conditions(full):
+    resolved, strategy, _, found = opened(full[0])
+    (path,) = Path(found.cache.directory).glob("*/conditions.json")
+    conditions = json.loads(path.read_text())
+    assert f"{len(os.sched_getaffinity(0))} cores" in conditions["device"]
+    assert f"tensorflow {tf.__version__}" in conditions["software"] and "pillow" in conditions["software"]
+    assert (conditions["global_batch"], conditions["replicas"], conditions["teacher.batch"]) == (BATCH, 1, 6)
+
+
 def test_a_cache_directory_that_is_not_used_is_warned_of(full, caplog):
     opened(changed(full[0], **{"teacher.cache": "off"}))
     assert "is not used: teacher.cache is 'off'" in caplog.text

@@ -39,6 +39,16 @@ def batches(logits, truths, weights, size=2):
 # --- calibration --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("softmax", [True, False])
+def test_a_teacher_that_gives_probabilities_is_warned_of(softmax, caplog):
+    logits = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 4)).astype("f4")
+    given = np.exp(logits) if softmax else logits
+    teacher = types.SimpleNamespace(name="m", logits=lambda images: tf.constant(given))
+    batch = {"image": np.zeros([4, 2, 2, 3], np.uint8), "label": np.zeros(4, "i4"), "weight": np.ones(4, "f4")}
+    report.measure(teacher, [batch], ("a", "b", "c"))
+    assert ("gives probabilities, not logits" in caplog.text) == softmax
+
+
 def test_the_line_on_a_teacher_has_the_recalls_and_the_lowest_of_many():
     truths = np.arange(30, dtype="i4")
     labels = np.where(truths < 25, truths, 0).astype("i4")

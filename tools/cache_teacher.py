@@ -50,6 +50,8 @@ def main(_) -> int:
     from deit.teachers import ahead, labeller, report
 
     teachers.check(config)
+    if config.teacher.kind == "train":
+        check_trained(workdir)
     runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
     strategy = runtime.make_strategy(config.strategy, config.devices)
     resolved, train_source, eval_source = loop.open_data(config, replicas=strategy.num_replicas_in_sync)
@@ -57,13 +59,28 @@ def main(_) -> int:
     teacher = labeller.open_labeller(
         resolved, strategy, workdir=workdir, train_source=train_source, eval_source=eval_source, keeps_on=False
     )
-    if shard[0] == 0:  # one of the shards is enough
-        batches = stream.evaluation(eval_source, resolved, batch=resolved.eval.batch)
-        measured = teacher.measure(batches, resolved.resolved.classes)
-        logging.info("teacher: %s", report.describe(measured))
-        report.gate(measured, resolved.teacher.min_accuracy)
+    batches = stream.evaluation(eval_source, resolved, batch=resolved.eval.batch)
+    measured = teacher.measure(batches, resolved.resolved.classes)  # by one shard, where they do not start at once
+    logging.info("teacher: %s", report.describe(measured))
+    report.gate(measured, resolved.teacher.min_accuracy)
     fill(resolved, strategy, train_source, teacher, ahead.shard(range(first, last), *shard))
     return 0
+
+
+def check_trained(workdir: Path) -> None:
+    """Raise UserError unless the teacher that main.py trains into `workdir` is finished: it would be another one."""
+    from deit import checkpoint, saved
+
+    try:
+        where = checkpoint.locate(workdir / "teacher")
+        done = checkpoint.manifest(where)["step"] == saved.config_of(where).resolved.total_updates
+    except errors.UserError:
+        done = False
+    if not done:
+        raise errors.UserError(
+            f"teacher.kind ('train'): the teacher in {workdir / 'teacher'} must be trained first: run main.py with the "
+            "same --config and --workdir until the student starts"
+        )
 
 
 def numbers(flag: str, text: str, form: str) -> tuple[int | None, ...]:
@@ -85,13 +102,15 @@ def wanted(bounds: Sequence[int | None], total: int) -> tuple[int, int]:
 def fill(config, strategy, source, teacher, updates: list[int]) -> None:
     """Compute what the cache lacks of `updates`, with a bar, and print sizes. Errors: UserError."""
     from deit import plan
-    from deit.teachers import ahead
+    from deit.teachers import ahead, chunks
 
     cache, often = teacher.cache, 0.5 if sys.stderr.isatty() else 60  # seconds: a log file needs fewer lines
     looked = tqdm(updates, unit="update", desc="looking at what is there", leave=False, mininterval=often)
     lacking = ahead.missing(config, teacher, looked)
     there = len(updates) - len(lacking)
     logging.info("%d of %d updates are there; %d to compute", there, len(updates), len(lacking))
+    if not updates:
+        logging.warning("nothing is left for this shard: parts are files of %d updates", chunks.CHUNKS)
     with tqdm(total=len(updates), initial=there, unit="update", desc="answers", mininterval=often) as bar:
         lost = ahead.fill(config, strategy, source, teacher, lacking, advance=bar.update)
     total, now, whole = config.resolved.total_updates, cache.disk_bytes(), cache.chunk_bytes()

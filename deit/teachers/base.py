@@ -131,7 +131,7 @@ def class_names(path: str) -> tuple[str, ...] | None:
         return None
     with readable(f"teacher.class_names ({path!r})"):
         try:
-            lines = Path(path).read_text(encoding="utf-8").rstrip().splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
         except UnicodeDecodeError:
             raise errors.UserError(f"teacher.class_names ({path!r}) must be UTF-8 text, one name a line") from None
     return tuple(line.strip() for line in lines)

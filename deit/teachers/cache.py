@@ -21,6 +21,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ from deit import workdir as run_directory
 from deit.teachers import chunks, labels
 
 FORMAT = 1  # raised where a reader of the old form would read the new one wrongly
+# Whatever a flipped bit makes of a zip of arrays.
+_NPZ_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _MANIFEST, _CONDITIONS, _REPORT = "manifest.json", "conditions.json", "report.npz"
 
 
@@ -59,7 +71,7 @@ class Cache:
     def __init__(
         self, directory: str | Path, *, fingerprint: Mapping, conditions: Mapping, layout: labels.Layout
     ) -> None:
-        self.directory = Path(directory).expanduser()
+        self.directory = _path(directory)
         self._layout, self._conditions = layout, _plain(conditions)
         self._manifest = {"format": FORMAT, "fingerprint": _plain(fingerprint)}
         self._own, self._others = self._chunks(self._conditions), []
@@ -84,7 +96,7 @@ class Cache:
                 "choose another teacher.cache_dir or put the fields back"
             )
         others = self._sets() if reads else []
-        if others and not allow_ties and not self._own.directory.is_dir():
+        if others and not allow_ties and not self._own.begun():
             lines = difference(others[0], self._conditions)
             raise errors.UserError(
                 f"{shown} was computed in another way ({'; '.join(lines)}), in which close calls may fall otherwise: "
@@ -118,12 +130,23 @@ class Cache:
         return self._own.record.itemsize
 
     def count(self, updates: int) -> tuple[int, int]:
-        """Return how many of the first so many updates there are: own, and the most in a set of other conditions.
+        """Return of how many of the first so many updates there are answers: in the own set, and in any that is read.
 
-        Chunks are looked at, not checked; of a set with another global_batch those that begin before the same position.
+        Chunks are looked at, not checked.
         """
-        last = updates * self._own.positions
-        return self._own.count(updates), max((o.count(-(-last // o.positions)) for o in self._others), default=0)
+        size = self._own.positions
+        first = np.arange(updates) * size
+        covered = [
+            self._covered(each, first, first + size, -(-updates * size // each.positions))
+            for each in (self._own, *self._others)
+        ]
+        return int(covered[0].sum()), int(np.logical_or.reduce(covered).sum())
+
+    @staticmethod
+    def _covered(each: chunks.Chunks, first: np.ndarray, last: np.ndarray, count: int) -> np.ndarray:
+        """Return whether all chunks of a set that hold positions [first, last) are there, elementwise."""
+        absent = np.concatenate([[0], np.cumsum(~each.present(count))])
+        return absent[-(-last // each.positions)] == absent[first // each.positions]
 
     def disk_bytes(self) -> int:
         """Return what the directory takes on disk; a file with gaps takes less than its length."""
@@ -137,18 +160,17 @@ class Cache:
     def write_report(self, key: dict, arrays: dict[str, np.ndarray]) -> None:
         """Keep the teacher's answers to the evaluation split that `key` describes. Errors: OSError."""
         buffer = io.BytesIO()
-        np.savez(buffer, key=np.array(json.dumps(_plain(key), sort_keys=True)), **arrays)
+        np.savez(buffer, key=np.array(_text(key, arrays)), **arrays)
         run_directory.write(self._own.directory / _REPORT, buffer.getvalue())
 
     def read_report(self, key: dict) -> dict[str, np.ndarray] | None:
         """Return what `write_report` kept for the same key, None where there is none or it is damaged."""
-        wanted = json.dumps(_plain(key), sort_keys=True)
         for each in (self._own, *self._others):
-            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            with contextlib.suppress(*_NPZ_DAMAGE):
                 data = io.BytesIO((each.directory / _REPORT).read_bytes())  # np.load leaves a damaged file open
                 with np.load(data, allow_pickle=False) as file:
                     arrays = {name: file[name] for name in file.files}
-                if str(arrays.pop("key")) == wanted:
+                if str(arrays.pop("key")) == _text(key, arrays):
                     return arrays
         return None
 
@@ -173,7 +195,7 @@ def manifest(directory: str | Path, *, writes: bool) -> dict | None:
 
     Errors: UserError for what is no cache, or a damaged one.
     """
-    directory = Path(directory).expanduser()
+    directory = _path(directory)
     shown = _shown(directory)
     try:
         # Listed before the manifest is read: what another process makes beside it meanwhile comes after it.
@@ -194,6 +216,11 @@ def manifest(directory: str | Path, *, writes: bool) -> dict | None:
         raise errors.UserError(f"{shown}: its {_MANIFEST} is damaged ({error}): choose another directory") from error
     except OSError as error:
         raise errors.UserError(f"{shown} can't be read: {error.strerror}") from error
+
+
+def _text(key: Mapping, arrays: Mapping) -> str:
+    """Return what identifies a report: what was asked and which arrays there are."""
+    return json.dumps([_plain(key), sorted(arrays)], sort_keys=True)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -217,6 +244,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _path(directory: str | Path) -> Path:
+    try:
+        return Path(directory).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise errors.UserError(f"teacher.cache_dir ({str(directory)!r}): {error}") from error
 
 
 def _shown(directory: Path) -> str:

@@ -55,16 +55,21 @@ class Chunks:
         bits = [np.unpackbits(chunk["readable"], count=self.positions).astype(bool) for chunk in chunks]
         return joined, np.concatenate(bits)[rows]
 
-    def count(self, chunks: int) -> int:
-        """Return how many of the first so many chunks are there, by a look at each, not a check."""
-        found = 0
+    def begun(self) -> bool:
+        """Return whether a file of answers is there."""
+        return any(self.directory.glob("answers-*.npy"))
+
+    def present(self, chunks: int) -> np.ndarray:
+        """Return which of the first so many chunks are there, bool [chunks], by a look at each, not a check."""
+        found = np.zeros(chunks, bool)
         for low in range(0, chunks, CHUNKS):
             with contextlib.suppress(OSError), open(self._file(low), "rb") as file:  # it may be absent
                 if file.read(len(self._header)) == self._header:
                     rest = (os.fstat(file.fileno()).st_size - len(self._header)) // self.record.itemsize
                     shape = min(rest, CHUNKS, chunks - low)  # whole ones: it may be cut short
-                    records = np.memmap(file, self.record, "r", len(self._header), (shape,)) if shape else None
-                    found += int(records["sha256"].any(-1).sum()) if shape else 0
+                    if shape:
+                        records = np.memmap(file, self.record, "r", len(self._header), (shape,))
+                        found[low : low + shape] = records["sha256"].any(-1)
         return found
 
     def write(self, first: int, answers: Mapping[str, np.ndarray], readable: np.ndarray) -> None:

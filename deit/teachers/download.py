@@ -7,6 +7,7 @@ that differs from what was pinned or seen at first use is refused before it is u
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import lzma
 import os
 import re
@@ -37,6 +38,7 @@ BLOCK = 1 << 20
 # What zipfile lets through: RuntimeError is an encrypted member, zlib.error and EOFError a damaged stream.
 _DAMAGE = (
     OSError,
+    IndexError,  # a member with no name
     EOFError,
     RuntimeError,
     ValueError,
@@ -70,7 +72,7 @@ def fetch(url: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         _download(url, temporary)
         temporary.rename(path)
-    except (OSError, ValueError) as error:  # URLError is an OSError; a malformed URL is a ValueError
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         raise errors.UserError(
             f"teacher.path ({url}) can't be downloaded: {error}; fetch the file by other means and give its path"
         ) from error
@@ -107,7 +109,7 @@ def check_sha256(path: Path, pinned: str) -> str:
     if pinned and found != pinned.lower():
         raise errors.UserError(f"teacher.sha256 ({pinned}) must be that of {path}, which is {found}")
     with base.readable(f"teacher.path ({path})"):
-        recorded = record.read_text(errors="replace").split()[:1] if record.is_file() else None
+        recorded = record.read_text(errors="replace").lower().split()[:1] if record.is_file() else None
     if recorded is None:
         try:
             run_directory.write(record, f"{found}  {path.name}\n".encode())
@@ -141,6 +143,7 @@ def unpack(path: Path, sha256: str) -> Path:
         with _members(path) as members:
             for member in members:
                 _check_member(path, member)
+            _check_size(path, sum(member.size for member in members))
             temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.tmp-", dir=path.parent))
             try:
                 for member in members:
@@ -150,18 +153,20 @@ def unpack(path: Path, sha256: str) -> Path:
                 shutil.rmtree(temporary, ignore_errors=True)
     except _DAMAGE as error:
         if not target.is_dir():  # another process may have been faster
+            again = f"; for a new download remove it and {path.name}.sha256" if path.parent == cache() else ""
             raise errors.UserError(
-                f"teacher.path ({path}) can't be unpacked as a zip, tar or tar.gz: {error}"
+                f"teacher.path ({path}) can't be unpacked as a zip, tar or tar.gz: {error}{again}"
             ) from error
     return target
 
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A member of an archive: its name as written there, `file`, `directory` or another kind, and its bytes."""
+    """A member of an archive: its name as written there, `file`, `directory` or another kind, size and bytes."""
 
     name: str
     kind: str
+    size: int
     open: Callable[[], IO[bytes]]
 
 
@@ -172,14 +177,15 @@ def _members(path: Path) -> Iterator[list[_Member]]:
         first = file.read(4)
     if first.startswith(b"PK"):
         with zipfile.ZipFile(path) as archive:
-            yield [_Member(info.filename, _kind(info), partial(archive.open, info)) for info in archive.infolist()]
+            infos = archive.infolist()
+            yield [_Member(each.filename, _kind(each), each.file_size, partial(archive.open, each)) for each in infos]
         return
     with tarfile.open(path, "r:gz" if first.startswith(b"\x1f\x8b") else "r:") as archive:
         kinds = [(info, "file" if info.isreg() else "directory" if info.isdir() else "special") for info in archive]
         archive.fileobj.seek(archive.offset)
         if any(archive.fileobj.read(tarfile.BLOCKSIZE) or b"x"):  # a damaged header ends a tar without an error
             raise tarfile.ReadError(f"its end mark is missing at byte {archive.offset}")
-        yield [_Member(info.name, kind, partial(archive.extractfile, info)) for info, kind in kinds]
+        yield [_Member(info.name, kind, info.size, partial(archive.extractfile, info)) for info, kind in kinds]
 
 
 def _kind(info: zipfile.ZipInfo) -> str:
@@ -197,6 +203,13 @@ def _check_member(path: Path, member: _Member) -> None:
             f"teacher.path ({path}): its member {member.name!r} must be a file or directory with a relative path, "
             "no link, no device, no .."
         )
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Raise UserError where what is packed would fill the disk."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise errors.UserError(f"teacher.path ({path}) unpacks to {size:,} bytes, the disk has {free:,}")
 
 
 def _write(member: _Member, directory: Path) -> None:

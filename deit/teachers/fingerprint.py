@@ -60,7 +60,8 @@ def _precision(config) -> str:
     own = config.teacher.precision or config.precision
     if config.teacher.kind == "saved_model":
         own = "as saved" if config.teacher.precision in ("", "float32") else config.teacher.precision
-    return f"{own}, tf32" if config.precision == "tf32" else own  # TF32 is the process's, whatever the teacher's is
+    # TF32 is the process's, whatever the teacher's precision is.
+    return f"{own}, tf32" if config.precision == "tf32" != own else own
 
 
 def _software() -> str:

@@ -206,11 +206,11 @@ def open_labeller(
 def _tell(config, kept: cache.Cache) -> None:
     """Log how much of the schedule the cache has. Errors: UserError where it is not all and there is no teacher."""
     total = config.resolved.total_updates
-    own, others = kept.count(total)
-    tied = f", {others} of other conditions" if config.teacher.allow_ties else ""
-    logging.info("answers to %d of %d updates are in %s%s", own, total, kept.directory, tied)
-    if teachers.absent(config) and max(own, others) < total:
+    own, there = kept.count(total)
+    tied = f", {there - own} of other conditions" if config.teacher.allow_ties else ""
+    logging.info("answers to %d of %d updates are in %s%s", there, total, kept.directory, tied)
+    if teachers.absent(config) and there < total:
         raise errors.UserError(
             f"teacher.path ({config.teacher.path!r}) is not there, and {kept.directory} has the answers to "
-            f"{max(own, others)} of {total} updates: it must have them all, or the teacher be put there"
+            f"{there} of {total} updates: it must have them all, or the teacher be put there"
         )

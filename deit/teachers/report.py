@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tensorflow as tf
 import tqdm
+from absl import logging
 
 from deit import calibration, errors
 from deit.teachers import base
@@ -55,16 +56,25 @@ def measure(teacher: base.Teacher, batches: Iterable, classes: tuple[str, ...]) 
     def answer(images):
         logits = teacher.logits(tf.cast(images, tf.float32))
         confidence = tf.reduce_max(tf.nn.softmax(logits), -1)
-        return tf.argmax(logits, -1, output_type=tf.int32), confidence, tf.reduce_all(tf.math.is_finite(logits))
+        shares = tf.reduce_all(logits >= 0) & tf.reduce_all(tf.abs(tf.reduce_sum(logits, -1) - 1) < 1e-3)
+        finite = tf.reduce_all(tf.math.is_finite(logits))
+        return tf.argmax(logits, -1, output_type=tf.int32), confidence, finite, shares
 
-    rows = []
+    rows, probabilities = [], True
     for batch in tqdm.tqdm(batches, desc="measuring the teacher", unit="batch", leave=False, disable=None):
-        label, confidence, finite = answer(batch["image"])
+        label, confidence, finite, shares = answer(batch["image"])
+        probabilities = probabilities and bool(shares)
         if not finite:  # the argmax of NaN would be class 0
             raise errors.UserError(f"teacher.kind: {teacher.name} gives logits that are not finite")
         rows.append([np.asarray(value) for value in (label, confidence, batch["label"], batch["weight"])])
     if not rows:
         raise _nothing_counts()
+    if probabilities:
+        logging.warning(
+            "teacher.kind: %s gives probabilities, not logits: hard labels are right, soft ones and its calibration "
+            "are not; export it without its softmax",
+            teacher.name,
+        )
     return rebuild(*map(np.concatenate, zip(*rows)), classes)
 
 

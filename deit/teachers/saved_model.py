@@ -139,9 +139,10 @@ def _trace(call, size: int, teacher):
         raise errors.UserError(
             f"teacher.path ({path!r}) does not take images [B, {size}, {size}, 3]: {reason}"
         ) from error
-    shape = graph.structured_outputs.shape
-    if shape.rank != 2 or shape[-1] is None:
-        raise errors.UserError(f"teacher.path ({path!r}) must give logits [B, classes], it gives {shape}")
+    given = graph.structured_outputs
+    shape = given.shape if isinstance(given, (tf.Tensor, tf.TensorSpec)) and given.dtype.is_floating else None
+    if shape is None or shape.rank != 2 or shape[-1] is None:
+        raise errors.UserError(f"teacher.path ({path!r}) must give logits [B, classes], it gives {shape or given}")
     num_classes = shape[-1] - (1 if teacher.background else 0)
     logging.info("teacher: SavedModel %s, %d px, %d classes", path, size, num_classes)
     return graph, num_classes
