@@ -230,10 +230,7 @@ def check_same_classes(teacher: Job, student: Job) -> None:
 
 def write_config(config, workdir: Path) -> None:
     """Write config.json, whole or not at all."""
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(configuration.to_json(config), encoding="utf-8")
-    run_directory.sync(temporary)
-    temporary.replace(workdir / "config.json")
+    run_directory.write(workdir / "config.json", configuration.to_json(config).encode())
     run_directory.sync_directory(workdir)
 
 
