@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -26,3 +27,24 @@ def flowers_dir() -> pathlib.Path:
     if not (path / "tf_flowers").is_dir():
         pytest.skip(f"no tf_flowers in {path}; DEIT_TEST_DATA=DIR names a TFDS directory that has it")
     return path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> pathlib.Path:
+    """Return the directory of a SavedModel whose answers are known."""
+    from tests import stand_ins  # after the devices are set
+
+    return stand_ins.save(tmp_path_factory.mktemp("saved") / "stand_in")
+
+
+@pytest.fixture(scope="module")
+def zipped(saved, tmp_path_factory) -> pathlib.Path:
+    """Return a zip of it."""
+    archive = shutil.make_archive(str(tmp_path_factory.mktemp("zip") / "t"), "zip", saved.parent, "stand_in")
+    return pathlib.Path(archive)
+
+
+@pytest.fixture
+def archive(zipped, tmp_path) -> pathlib.Path:
+    """Return a copy of the zip in a directory of its own."""
+    return pathlib.Path(shutil.copy(zipped, tmp_path / "teacher.zip"))

@@ -17,26 +17,10 @@ from pathlib import Path
 import pytest
 
 from deit import errors, teachers
-from tests import stand_ins
 from tests.stand_ins import assert_is_stand_in, build, config, identity
 
 OUTSIDE = Path(tempfile.mkdtemp(prefix="deit-test-"))  # where an absolute member would go
 atexit.register(OUTSIDE.rmdir)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return stand_ins.save(tmp_path_factory.mktemp("saved") / "stand_in")
-
-
-@pytest.fixture(scope="module")
-def zipped(saved, tmp_path_factory):
-    return Path(shutil.make_archive(str(tmp_path_factory.mktemp("zip") / "t"), "zip", saved.parent, "stand_in"))
-
-
-@pytest.fixture
-def archive(zipped, tmp_path):
-    return Path(shutil.copy(zipped, tmp_path / "teacher.zip"))
 
 
 def test_a_zip_s_identity_is_its_sha256_and_a_damaged_stream_is_one_line(archive, tmp_path):

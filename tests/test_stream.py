@@ -114,6 +114,7 @@ def everything_on(**fields):
 DEIT_III = {"augment.randaugment": "", "augment.three_augment": True, "augment.jitter": 0.3, "augment.crop": "simple"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, DEIT_III], ids=["deit", "deit-iii"])
 def test_start_at_any_update_is_the_tail_of_the_whole_with_every_augmentation_on(fields):
     config, source = everything_on(global_batch=4, **fields), small_source(bad=[3])

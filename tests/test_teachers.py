@@ -29,21 +29,6 @@ from tests.stand_ins import (
 )
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return stand_ins.save(tmp_path_factory.mktemp("saved") / "stand_in")
-
-
-@pytest.fixture(scope="module")
-def zipped(saved, tmp_path_factory):
-    return Path(shutil.make_archive(str(tmp_path_factory.mktemp("zip") / "t"), "zip", saved.parent, "stand_in"))
-
-
-@pytest.fixture
-def archive(zipped, tmp_path):
-    return Path(shutil.copy(zipped, tmp_path / "teacher.zip"))
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DEIT_CACHE", str(tmp_path / "cache"))
