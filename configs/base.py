@@ -12,8 +12,13 @@ def get_config() -> ConfigDict:
     c.global_batch = 256  # examples per optimizer update = replicas x micro_batch x accum_steps
     c.micro_batch = 16  # examples per forward/backward pass on one replica
     c.precision = "float32"  # float32 | tf32 | mixed_bfloat16 | mixed_float16
-    c.strategy = "auto"  # auto (the first GPU, else the CPU) | one_device | mirrored
+    # auto (multi_worker where TF_CONFIG names several workers, else one_device) | one_device (the first GPU, else the
+    # CPU) | mirrored (several devices of this machine) | multi_worker (several processes, one device each) | tpu
+    c.strategy = "auto"
     c.devices = 0  # with strategy=mirrored: how many devices (0 = every GPU; on a CPU, logical devices)
+    c.tpu = "local"  # with strategy=tpu: name or grpc:// address of the TPU; local = of this TPU VM
+    c.startup_seconds = 600.0  # with multi_worker: how long a process waits for the others before it gives up
+    c.xla = False  # compile a micro-batch's forward and backward pass with XLA (never the collectives)
     c.max_skipped = 10  # updates in a row with non-finite gradients before the run stops with exit code 4
 
     c.data = ConfigDict()
@@ -117,7 +122,10 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_updates = 50  # 0 = only at the end
+    c.checkpoint.every_minutes = 0.0  # besides, whenever so much time has gone by since the last one; 0 = off
     c.checkpoint.keep = 3  # newest ones kept; the best on the evaluation split is kept besides
+    c.checkpoint.keep_every = 0  # updates: checkpoints at multiples of it are kept for good; 0 = off
+    c.checkpoint.max_failed = 0  # saves in a row that fail (full disk) before the run stops; 0 = it trains on
 
     c.eval = ConfigDict()
     c.eval.every_updates = 50  # 0 = only at the end

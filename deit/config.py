@@ -171,6 +171,8 @@ def _leaves(config: Any) -> dict[str, Any]:
 _FREE = (
     "strategy",
     "devices",
+    "tpu",
+    "startup_seconds",
     "micro_batch",
     "max_skipped",
     "data.data_dir",
