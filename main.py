@@ -4,6 +4,8 @@ python main.py --config=configs/deit_tiny_flowers.py [--config.FIELD=VALUE ...] 
                [--mode=train|plan|eval]
 """
 
+import contextlib
+import sys
 from pathlib import Path
 
 from absl import flags, logging
@@ -29,7 +31,7 @@ MODE = flags.DEFINE_enum(
 
 
 def main(_) -> int:
-    """Dispatch on the mode and return an exit code: 0 done, 1 error, 4 diverged."""
+    """Dispatch on the mode and return an exit code: 0 done, 1 error, 3 a peer was lost, 4 diverged, 42 preempted."""
     config = CONFIG.value
     rules.validate(config)
     workdir = run_directory.check_workdir(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
@@ -44,35 +46,51 @@ def main(_) -> int:
         factory.check(each.model, each.data.image_size)
         if MODE.value == "train":  # a plan may be ahead of its teacher
             teachers.check(each)
-    runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
-    strategy = runtime.make_strategy(config.strategy, config.devices)
+    runtime.prepare(config.precision, logical_cpus=runtime.logical_cpus(config))
     if MODE.value == "plan":
-        print(plan.offline(config, replicas=strategy.num_replicas_in_sync))
+        print(plan.offline(config, replicas=runtime.replicas(config)))
         return runtime.DONE
-    return train(config, workdir, strategy)
+    return train(config, workdir, runtime.make_strategy(config))
 
 
 def train(config, workdir: Path, strategy) -> int:
-    """Train in a locked workdir, made only once everything fits: first the teacher, where it is a configuration."""
-    from deit import loop, plan, runtime
+    """Train in a workdir that the chief locks and makes, only once everything fits; a teacher to train comes first."""
+    from deit import guard, job, loop, plan, runtime, signals
 
-    replicas = strategy.num_replicas_in_sync
-    student, teacher = loop.prepare(config, workdir, replicas=replicas), None
-    if config.teacher.kind == "train":
-        teacher = loop.prepare(config.teacher.train, workdir / "teacher", replicas=replicas)
-        loop.check_same_classes(teacher, student)
-        logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas))
-    try:
-        with run_directory.lock(workdir):
-            if teacher is not None:
+    with signals.listening() as stop, contextlib.ExitStack() as held:
+        try:
+            with runtime.chief_first(strategy):  # it may prepare the data
+                replicas = strategy.num_replicas_in_sync
+                student, teacher = job.prepare(config, workdir, replicas=replicas), None
+                if config.teacher.kind == "train":
+                    teacher = job.prepare_teacher(student, replicas=replicas)
+            for each in filter(None, (student, teacher) if runtime.place(strategy).chief else ()):
+                held.enter_context(run_directory.lock(each.workdir))
+            if teacher is not None:  # told before an hour of its training
+                logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas))
                 logging.info("the teacher first, into %s", teacher.workdir)
-                with run_directory.lock(teacher.workdir):
-                    loop.train(teacher, strategy=strategy)
-            loop.train(student, strategy=strategy)
-    except loop.Diverged as error:
-        cli.complain(str(error))
-        return runtime.DIVERGED
+                loop.train(teacher, strategy=strategy, stop=stop)
+            loop.train(student, strategy=strategy, stop=stop)
+        except loop.Preempted as ended:
+            logging.info("%s", ended)
+            return runtime.PREEMPTED
+        except guard.Diverged as error:
+            cli.complain(str(error))
+            return runtime.DIVERGED
+        except Exception as error:
+            told = runtime.lost_peer(error, strategy)
+            if not told:
+                raise
+            cli.complain(f"another worker of this run is gone, start all again ({told})")
+            return runtime.PEER_LOST
     return runtime.DONE
+
+
+def leave(code: int) -> None:
+    """End the process: as one of several workers at once."""
+    if "deit.runtime" in sys.modules:
+        sys.modules["deit.runtime"].leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
@@ -81,4 +99,5 @@ if __name__ == "__main__":
         config_flag="config",
         default_config=str(Path(__file__).with_name("configs") / "quickstart.py"),
         after_interrupt="the same command continues from the newest checkpoint",
+        leave=leave,
     )

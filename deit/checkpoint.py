@@ -1,11 +1,9 @@
-"""Checkpoint files: commit by rename, verify, newest valid. Knows no TensorFlow and no other room.
+"""Checkpoints on disk: what a directory holds, verify, newest valid, read. `saver` writes them. No TensorFlow.
 
 Promises:
-- A checkpoint is committed by one rename of a directory whose files were fsynced: whatever kill or power loss
-  comes, a directory `step-…` is complete or is seen to be damaged.
+- A directory `step-…` is complete or is seen to be damaged, whatever kill or power loss came.
 - The newest checkpoint is found by scanning the directory; there is no pointer file that could be torn.
 - Damage is never answered by a start from scratch: an older checkpoint is used, or the run stops.
-- Nothing is deleted before its successor is committed.
 
     checkpoints/step-00001200/tensors.safetensors   arrays by own path: student/…, ema/…, optimizer/…, step, …
                               config.json           the resolved configuration, as given
@@ -16,14 +14,10 @@ Promises:
 """
 
 import contextlib
-import datetime
 import hashlib
 import json
-import math
 import os
 import re
-import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -54,108 +48,20 @@ def state_sha256(tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-class Saver:
-    """Writes checkpoints of one run in a background thread, one at a time; the caller holds the lock."""
+def kept_for(directory: str | Path, *, keep: int, keep_every: int) -> dict[Path, list[str]]:
+    """Return why each committed checkpoint is kept, newest first: newest, best, every N; [] = it may go.
 
-    def __init__(self, workdir: str | Path, *, config_json: str, keep: int, versions: Mapping[str, str]):
-        """Prepare `workdir`/checkpoints and sweep what a killed process left half done there.
-
-        `keep`: how many of the newest stay, 1 or more; the best by `eval/top1` stays besides.
-        """
-        self._directory = Path(workdir) / "checkpoints"
-        self._config_json, self._keep, self._versions = config_json, keep, dict(versions)
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            run_directory.sync_directory(self._directory.parent)
-            for stale in self._directory.glob("tmp-*"):
-                shutil.rmtree(stale)
-        except OSError as error:
-            raise errors.UserError(f"{self._directory} must be a writable directory: {error}") from error
-
-    def save(self, step: int, tensors: Mapping[str, np.ndarray], *, metrics: Mapping[str, float]) -> None:
-        """Start writing the checkpoint of `step` (finished updates) and return; joins the save before first.
-
-        `tensors` are the caller's snapshot: they must not change until `join`. Errors: the previous save's.
-        """
-        self.join()
-        # Not a daemon: an interpreter that ends while a save is under way finishes it.
-        self._thread = threading.Thread(target=self._run, args=(step, tensors, metrics), name=f"save-{step}")
-        self._thread.start()
-
-    def join(self) -> None:
-        """Wait for the save under way. Errors: its own, once; UserError where the disk is at fault."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _run(self, step, tensors, metrics) -> None:
-        try:
-            self._write(step, tensors, metrics)
-        except OSError as error:
-            self._error = errors.UserError(f"checkpoint of step {step} was not written to {self._directory}: {error}")
-            self._error.__cause__ = error
-        except BaseException as error:
-            self._error = error
-
-    def _write(self, step: int, tensors, metrics) -> None:
-        target = self._directory / _name(step)
-        digest = state_sha256(tensors)
-        if target.exists():
-            reason = verify(target)
-            if reason is None:
-                if manifest(target)["state_sha256"] != digest:
-                    logging.error("%s exists with another state and is kept: the run is not reproducible", target)
-                return
-            _set_aside(target, reason)
-        temporary = self._directory / f"tmp-{step:08d}"
-        try:
-            temporary.mkdir()
-            # safetensors wants C order; np.ascontiguousarray would turn scalars into vectors.
-            arrays = {path: np.asarray(array, order="C") for path, array in tensors.items()}
-            safetensors.numpy.save_file(arrays, temporary / TENSORS)
-            (temporary / CONFIG).write_text(self._config_json, encoding="utf-8")
-            content = {
-                "step": step,
-                "files": {name: run_directory.describe(temporary / name) for name in (TENSORS, CONFIG)},
-                "state_sha256": digest,
-                "metrics": {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()},
-                "versions": self._versions,
-                "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            }
-            content["manifest_sha256"] = _manifest_sha256(content)
-            (temporary / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-            for name in (TENSORS, CONFIG, MANIFEST):
-                run_directory.sync(temporary / name)
-            run_directory.sync_directory(temporary)
-            os.rename(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full
-            raise
-        run_directory.sync_directory(self._directory)
-        self._retain()
-
-    def _retain(self) -> None:
-        """Remove all but the newest `keep` and the best. A failure is a log line: the save itself is done."""
-        found = _scan(self._directory)
-        kept = set(found[: self._keep])
-        scores = [(score, path) for path in found if (score := _score(path)) is not None]
-        if scores:
-            kept.add(max(scores)[1])  # of equals the newest: their names sort by step
-        for path in found:
-            if path in kept:
-                continue
-            # Renamed first, so that a kill during the removal leaves no directory that looks damaged.
-            doomed = self._directory / f"tmp-removed-{path.name}"
-            try:
-                os.rename(path, doomed)
-                shutil.rmtree(doomed)
-            except OSError as error:
-                logging.error("old checkpoint %s was not removed: %s", path, error)
+    The best is the one with the highest `eval/top1`, of equals the newest. Errors: OSError.
+    """
+    found = committed(Path(directory))
+    why: dict[Path, list[str]] = {path: ["newest"] if i < keep else [] for i, path in enumerate(found)}
+    scores = [(score, path) for path in found if (score := _score(path)) is not None]
+    if scores:
+        why[max(scores, key=lambda item: (item[0], step_of(item[1])))[1]].append("best")
+    for path in found:
+        if keep_every and step_of(path) % keep_every == 0:
+            why[path].append(f"every {keep_every}")
+    return why
 
 
 def newest(workdir: str | Path, *, set_aside: bool) -> Path | None:
@@ -169,13 +75,13 @@ def newest(workdir: str | Path, *, set_aside: bool) -> Path | None:
     directory = Path(workdir) / "checkpoints"
     damaged: dict[Path, str] = {}
     with _readable(directory):
-        found = _scan(directory)
+        found = committed(directory)
     for path in found:
         reason = verify(path)
         if reason is None:
             for bad, why in damaged.items():
                 if set_aside:
-                    _set_aside(bad, why)
+                    set_aside_damaged(bad, why)
                 else:
                     logging.error("checkpoint %s is damaged (%s): it is passed over", bad, why)
             return path
@@ -196,7 +102,7 @@ def verify(path: str | Path) -> str | None:
         if not path.is_dir():
             return "no such directory"
         content = _load_manifest(path)
-        if _STEP.fullmatch(path.name) and path.name != _name(content["step"]):
+        if _STEP.fullmatch(path.name) and path.name != name_of(content["step"]):
             return f"{MANIFEST} is of step {content['step']}"
         for name in (TENSORS, CONFIG):
             recorded = content["files"][name]
@@ -276,17 +182,18 @@ class _BadManifest(ValueError):
 
 def _load_manifest(path: Path) -> dict:
     content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if content["manifest_sha256"] != _manifest_sha256(content):
+    if content["manifest_sha256"] != manifest_sha256(content):
         raise _BadManifest(f"{MANIFEST} contradicts its own sha256")
     return content
 
 
-def _manifest_sha256(content: Mapping) -> str:
+def manifest_sha256(content: Mapping) -> str:
+    """Return the sha256 over everything else in a manifest, which it carries as `manifest_sha256`."""
     rest = {key: value for key, value in content.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _scan(directory: Path) -> list[Path]:
+def committed(directory: Path) -> list[Path]:
     """Return the committed checkpoints, newest first. Errors: OSError for a directory that can't be listed."""
     try:
         listed = os.listdir(directory)  # Path.glob finds nothing where it may not look: a start from scratch
@@ -303,7 +210,8 @@ def _score(path: Path) -> float | None:
         return None
 
 
-def _set_aside(path: Path, reason: str) -> None:
+def set_aside_damaged(path: Path, reason: str) -> None:
+    """Rename a damaged checkpoint to corrupt-<step> with an error line. Errors: UserError."""
     step = _STEP.fullmatch(path.name)[1]
     target, n = path.with_name(f"corrupt-{step}"), 1
     while target.exists():
@@ -315,5 +223,11 @@ def _set_aside(path: Path, reason: str) -> None:
     logging.error("checkpoint %s IS DAMAGED (%s): set aside as %s", path, reason, target.name)
 
 
-def _name(step: int) -> str:
+def step_of(path: Path) -> int:
+    """Return the step in the name of a committed checkpoint."""
+    return int(_STEP.fullmatch(path.name)[1])
+
+
+def name_of(step: int) -> str:
+    """Return the name of the directory of a checkpoint."""
     return f"step-{step:08d}"

@@ -5,6 +5,7 @@ Imports no TensorFlow, so that a typing error is answered in a second.
 
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,12 +17,17 @@ from deit import errors
 
 
 def run(
-    main: Callable[[list[str]], int], *, config_flag: str = "", default_config: str = "", after_interrupt: str = ""
+    main: Callable[[list[str]], int],
+    *,
+    config_flag: str = "",
+    default_config: str = "",
+    after_interrupt: str = "",
+    leave: Callable[[int], None] = sys.exit,
 ) -> None:
     """Parse the flags, call `main(argv)` and leave with its exit code; a UserError is one line and exit 1.
 
     `config_flag`: name of a config_flags file flag; `default_config` is its value where none is given.
-    `after_interrupt`: what Ctrl-C is told beyond "interrupted".
+    `after_interrupt`: what Ctrl-C is told beyond "interrupted". `leave`: how the process ends, given the code.
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
@@ -41,19 +47,29 @@ def run(
         except Exception as error:
             _leave(_explain(error, argv, config_flag))
 
-    def guarded(argv: list[str]) -> int:
-        try:
-            return main(argv)
-        except errors.UserError as error:
-            _leave(str(error))
-        except OSError as error:
-            if not error.filename:
-                raise
-            _leave(f"{error.filename}: {error.strerror}")
-        except KeyboardInterrupt:
-            _leave("interrupted" + (f"; {after_interrupt}" if after_interrupt else ""), code=130)
+    def guarded(argv: list[str]) -> None:
+        leave(_code(main, argv, after_interrupt))
 
     app.run(guarded, flags_parser=parse)
+
+
+def _code(main: Callable[[list[str]], int], argv: list[str], after_interrupt: str) -> int:
+    """Return `main`'s exit code, or that of the error it ended with, told in a line where a line is enough."""
+    try:
+        return main(argv)
+    except errors.UserError as error:
+        complain(str(error))
+    except OSError as error:
+        if error.filename:
+            complain(f"{error.filename}: {error.strerror}")
+        else:
+            traceback.print_exc()
+    except KeyboardInterrupt:
+        complain("interrupted" + (f"; {after_interrupt}" if after_interrupt else ""))
+        return 130
+    except Exception:
+        traceback.print_exc()
+    return 1
 
 
 def default_workdir(config_path: str) -> Path:
@@ -109,9 +125,9 @@ def complain(text: str) -> None:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
 
 
-def _leave(text: str, code: int = 1) -> None:
+def _leave(text: str) -> None:
     complain(text)
-    sys.exit(code)
+    sys.exit(1)
 
 
 class _Plain(logging.PythonFormatter):

@@ -1,6 +1,7 @@
 """What a strategy's replicas are fed: the stream, cut so that each gets its contiguous slice of every global batch.
 
-Promises: values of a batch on the host, side by side in the order of the replicas, are the batch of one device.
+Promises: values of a batch on the host, side by side in the order of the replicas, are the batch of one device; a
+process reads and decodes only its own share.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from deit import runtime
 from deit.data import sources, stream
+
+
+def share(config, strategy: tf.distribute.Strategy) -> tuple[int, int]:
+    """Return (first, count): which examples of every global batch this process reads."""
+    place = runtime.place(strategy)
+    count = config.global_batch // place.count
+    return place.index * count, count
 
 
 def batches(
@@ -20,28 +29,36 @@ def batches(
     drop_rates: Sequence[float] = (),
 ) -> Iterable[dict]:
     """Return the distributed stream of a resolved configuration from `start_update` on (`stream.training`)."""
-    replicas = config.resolved.replicas
+    first, count = share(config, strategy)
+    replicas = _replicas_here(strategy)
 
     def dataset(_):
-        whole = stream.training(
+        own = stream.training(
             source,
             config,
             start_update=start_update,
-            slice_start=0,
-            slice_size=config.global_batch,
+            slice_start=first,
+            slice_size=count,
             drop_rates=drop_rates,
         )
-        if replicas == 1:
-            return whole
-        # A process hands its elements to its replicas in turn: cut each batch into one element a replica.
-        share = config.global_batch // replicas
-        return whole.flat_map(
-            lambda batch: tf.data.Dataset.from_tensor_slices(
-                {name: tf.reshape(value, [replicas, share, *value.shape[1:]]) for name, value in batch.items()}
+        if replicas > 1:
+            # A process hands its elements to its replicas in turn: cut each batch into one element a replica.
+            own = own.flat_map(
+                lambda batch: tf.data.Dataset.from_tensor_slices(
+                    {
+                        name: tf.reshape(value, [replicas, count // replicas, *value.shape[1:]])
+                        for name, value in batch.items()
+                    }
+                )
             )
-        )
+        # It has no end. Where TensorFlow can't see that, several workers ask each other before every batch.
+        return own.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
     return strategy.distribute_datasets_from_function(dataset)
+
+
+def _replicas_here(strategy: tf.distribute.Strategy) -> int:
+    return strategy.num_replicas_in_sync // runtime.place(strategy).count
 
 
 def local(strategy: tf.distribute.Strategy, value) -> np.ndarray:
@@ -50,8 +67,8 @@ def local(strategy: tf.distribute.Strategy, value) -> np.ndarray:
 
 
 def spread(strategy: tf.distribute.Strategy, values: Mapping[str, np.ndarray]) -> dict:
-    """Return arrays [N, ...] as the replicas' slices, the way `batches` hands out a batch."""
-    replicas = strategy.num_replicas_in_sync
+    """Return arrays [N, ...] of this process's share as its replicas' slices, the way `batches` hands out a batch."""
+    replicas = _replicas_here(strategy)
     if replicas == 1:
         return {name: tf.constant(value) for name, value in values.items()}
     parts = {name: np.split(value, replicas) for name, value in values.items()}

@@ -1,20 +1,40 @@
-"""What knows about processes and devices: strategy, precision, determinism, exit codes.
+"""What knows about processes and devices: strategy, precision, determinism, who is the chief, exit codes.
 
 Promises: `prepare` is called once, before anything touches a device; the same command on the same machine and
-layout computes the same bits; `strategy=auto` is one device, the first GPU or else the CPU, even where there are more.
+layout computes the same bits. `strategy=auto` is one device, the first GPU or else the CPU, even where there are more,
+unless TF_CONFIG names several workers. A process of several takes one device, that of its rank on its machine.
+A process that waits in vain for the others to start, or loses one, ends by itself: SIGALRM, or exit code 3.
 """
 
+import contextlib
+import dataclasses
+import functools
 import os
 import platform
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tensorflow as tf
+from absl import logging
 
-from deit import errors
+from deit import cluster, errors
 
-DONE, DIVERGED = 0, 4  # exit codes; `cli` has 1 for errors and 130 for Ctrl-C
+# Exit codes; `cli` has 1 for errors and 130 for a Ctrl-C before there is anything to save.
+DONE, PEER_LOST, DIVERGED, PREEMPTED = 0, 3, 4, 42
 
 _ONEDNN = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
+_LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+)
+_PORT_PATIENCE = 30.0  # seconds a process waits for its port: one that was just killed may still hold it
 
 
 def prepare(precision: str, *, logical_cpus: int = 1) -> None:
@@ -28,19 +48,204 @@ def prepare(precision: str, *, logical_cpus: int = 1) -> None:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * logical_cpus)
 
 
-def make_strategy(name: str, devices: int = 0) -> tf.distribute.Strategy:
-    """Return the strategy for `strategy` and `devices` of the configuration; `auto` is one device.
+def logical_cpus(config) -> int:
+    """Return into how many devices a configuration wants a CPU to be split: `devices` of strategy=mirrored."""
+    return max(1, config.devices) if config.strategy == "mirrored" else 1
 
-    Errors: UserError where the machine has fewer devices than asked for.
+
+def make_strategy(config) -> tf.distribute.Strategy:
+    """Return the strategy of a configuration; with several workers this waits until all of them are up.
+
+    Errors: UserError where the machine has fewer devices than asked for, or TF_CONFIG does not fit.
     """
-    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    found = tf.config.list_logical_devices(kind)
-    if name != "mirrored":
-        return tf.distribute.OneDeviceStrategy(found[0].name)
-    wanted = devices or len(found)
+    workers = cluster.from_environment(os.environ)
+    if config.strategy == "multi_worker" and workers is None:
+        raise errors.UserError(
+            "strategy ('multi_worker') needs TF_CONFIG with two workers or more: launch/local.py -n 2 -- ARGS sets it "
+            "on one machine, the scripts in launch/ on several"
+        )
+    if config.strategy == "multi_worker" or (config.strategy == "auto" and workers is not None):
+        return _multi_worker(workers, config.startup_seconds)
+    if config.strategy == "tpu":
+        return _tpu(config.tpu)
+    kind, found = _devices()
+    if config.strategy != "mirrored":
+        return one_device()
+    wanted = config.devices or len(found)
     if wanted > len(found):
         raise errors.UserError(f"devices ({wanted}) must be at most the {len(found)} {kind} devices found")
     return tf.distribute.MirroredStrategy([device.name for device in found[:wanted]])
+
+
+def one_device() -> tf.distribute.Strategy:
+    """Return the strategy of the first GPU, else of the CPU."""
+    return tf.distribute.OneDeviceStrategy(_devices()[1][0].name)
+
+
+def _devices() -> tuple[str, list]:
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    return kind, tf.config.list_logical_devices(kind)
+
+
+def replicas(config) -> int:
+    """Return on how many devices a configuration would run here, without starting it: for a plan."""
+    workers = cluster.from_environment(os.environ)
+    if config.strategy in ("auto", "multi_worker") and workers is not None:
+        return workers.size
+    return make_strategy(config).num_replicas_in_sync
+
+
+def _multi_worker(workers: cluster.Cluster, startup_seconds: float) -> tf.distribute.Strategy:
+    os.environ["TF_CONFIG"] = workers.tf_config()  # as TensorFlow wants it, whatever wrote it
+    gpus = tf.config.list_physical_devices("GPU")
+    if len(gpus) > 1:
+        tf.config.set_visible_devices(gpus[workers.local_rank % len(gpus)], "GPU")
+    _wait_for_port(workers.address)
+    logging.info(
+        "worker %d of %d, %s, waits for the others, at most %.0f s",
+        workers.index, workers.size, workers.address, startup_seconds,
+    )  # fmt: skip
+    tf.get_logger().setLevel("WARNING")  # it tells devices and options in five lines
+    with _deadline(startup_seconds):
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    logging.info("cluster of %d workers is up, this is worker %d", workers.size, workers.index)
+    return strategy
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """End the process by SIGALRM where the block takes longer.
+
+    TensorFlow waits in C++, with Python's lock held and SIGTERM swallowed (2.15.1): no thread and no handler of Python
+    runs meanwhile, the default action of a signal does.
+    """
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+def _wait_for_port(address: str) -> None:
+    """Return once this process could listen there; TensorFlow would abort. Errors: UserError where it can't."""
+    host, _, port = address.rpartition(":")
+    until, told = time.monotonic() + _PORT_PATIENCE, False
+    while True:
+        try:
+            family, *_ = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", int(port)))  # TensorFlow listens on every interface, whatever the address says
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise errors.UserError(f"TF_CONFIG: this worker's address ({address}): {error.strerror}") from error
+            if not told:
+                logging.warning("%s: %s; trying again for %.0f s", address, error.strerror, _PORT_PATIENCE)
+            told = True
+            time.sleep(0.5)
+
+
+def _tpu(name: str) -> tf.distribute.Strategy:
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        return tf.distribute.TPUStrategy(resolver)
+    except (ValueError, OSError, RuntimeError, tf.errors.OpError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise errors.UserError(f"strategy ('tpu'): no TPU found as tpu ({name!r}): {line}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands among those of the run; the chief, the first, is the one that writes."""
+
+    index: int
+    count: int
+
+    @property
+    def chief(self) -> bool:
+        """Whether this process writes checkpoints and logs."""
+        return self.index == 0
+
+
+def place(strategy: tf.distribute.Strategy) -> Place:
+    """Return this process's place."""
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        resolver = strategy.cluster_resolver
+        return Place(resolver.task_id, len(resolver.cluster_spec().job_tasks("worker")))
+    return Place(0, 1)
+
+
+def local_scope(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager:
+    """Return where variables are made that no other process shares, such as a teacher's: making them is no collective."""
+    return contextlib.nullcontext() if place(strategy).count > 1 else strategy.scope()
+
+
+def total(strategy: tf.distribute.Strategy, value: int) -> int:
+    """Return the sum of the processes' values; every process must call it. Errors: as a lost peer has them."""
+    if place(strategy).count == 1:
+        return value
+
+    found = _summing(strategy)(tf.constant(value, tf.int64))
+    return int(strategy.experimental_local_results(found)[0].numpy())
+
+
+@functools.cache
+def _summing(strategy: tf.distribute.Strategy) -> Callable:
+    def summed(mine):
+        here = tf.identity(mine)  # on the replica's device: an argument has none, and the reduction asks where it is
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, here)
+
+    return tf.function(lambda mine: strategy.run(summed, args=(mine,)), autograph=False)
+
+
+def from_chief(strategy: tf.distribute.Strategy, value: int) -> int:
+    """Return the chief's value; every process must call it."""
+    return total(strategy, value if place(strategy).chief else 0)
+
+
+def barrier(strategy: tf.distribute.Strategy) -> None:
+    """Wait until every process is here."""
+    total(strategy, 0)
+
+
+@contextlib.contextmanager
+def chief_first(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Run the block in the chief and then in the others: what it downloads or prepares is there for them."""
+    chief = place(strategy).chief
+    if not chief:
+        barrier(strategy)
+    yield
+    if chief:
+        barrier(strategy)
+
+
+def lost_peer(error: BaseException, strategy: tf.distribute.Strategy) -> str:
+    """Return what an error says of another process of the run that is gone; "" where it is about something else."""
+    if place(strategy).count == 1 or not isinstance(error, tf.errors.OpError):
+        return ""
+    told = re.search(r"Collective ops is aborted by: *([^\n]*)", str(error))
+    if told is None and not isinstance(error, _LOST):
+        return ""
+    return told[1] if told else str(error).strip().partition("\n")[0]
+
+
+def leave(code: int) -> None:
+    """End the process with an exit code; one of several at once, its log flushed.
+
+    The orderly end of a runtime whose peers are gone waits for them or aborts in C++ (TensorFlow 2.15).
+    """
+    if cluster.from_environment(os.environ) is None:
+        sys.exit(code)
+    logging.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def device_kind(strategy: tf.distribute.Strategy) -> str:

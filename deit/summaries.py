@@ -1,8 +1,9 @@
 """What a run shows of itself: metrics.jsonl, TensorBoard event files, the progress bar.
 
 Promises: one call feeds both files, so they hold the same numbers; after a crash and a resume neither shows a
-step twice or misses one; metrics.jsonl is on the disk before a checkpoint is (`flush`); event files are for
-looking at, so their errors are logged once and never stop a run.
+step twice or misses one; metrics.jsonl is on the disk before a checkpoint is (`flush`); on a full disk its lines
+wait in memory and no line in it is torn; event files are for looking at, so their errors are logged once. Neither
+file's errors stop a run.
 """
 
 import collections
@@ -26,7 +27,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer import record_writer
 from tensorboard.util import tensor_util
 
-from deit import errors
+from deit import errors, line_log
 from deit import workdir as run_directory
 
 METRICS = "metrics.jsonl"
@@ -46,7 +47,7 @@ class Summaries:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             cut(self._path, last_step=start_step)
-            self._lines = open(self._path, "ab")  # noqa: SIM115  closed by close()
+            self._log = line_log.LineLog(self._path)
         except OSError as error:
             raise errors.UserError(f"{self._path} can't be written: {error.strerror}") from error
         self._events: _EventFile | None = None
@@ -56,15 +57,11 @@ class Summaries:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write numbers of `step` to both files; NaN and infinities are null in metrics.jsonl, which is JSON.
 
-        Errors: UserError where metrics.jsonl can't be written; the next start repairs it.
+        A line that can't be written waits in memory for the next call that can.
         """
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": int(step), **finite}, allow_nan=False)
-        try:
-            self._lines.write(line.encode() + b"\n")
-            self._lines.flush()
-        except OSError as error:
-            raise errors.UserError(f"{self._path} can't be written: {error.strerror}") from error
+        self._log.add(line.encode() + b"\n")
         # Not the newer tensor form: tensorboard's EventAccumulator forgets only this one at a restart.
         summary = summary_pb2.Summary()
         for name, value in values.items():
@@ -74,7 +71,8 @@ class Summaries:
     def image(self, step: int, tag: str, picture: np.ndarray) -> None:
         """Write a picture, uint8 [H, W, 3], to the event file."""
         buffer = io.BytesIO()
-        PIL.Image.fromarray(picture).save(buffer, "png")
+        with self._event_errors():
+            PIL.Image.fromarray(picture).save(buffer, "png")
         height, width, channels = picture.shape
         image = summary_pb2.Summary.Image(
             height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue()
@@ -91,21 +89,23 @@ class Summaries:
         summary.value.add(tag=tag, tensor=tensor, metadata=metadata)
         self._summary(step, summary)
 
-    def flush(self) -> None:
-        """Wait until everything written so far is on the disk: before a checkpoint that relies on it."""
-        try:
-            self._lines.flush()
-            os.fsync(self._lines.fileno())
-        except OSError as error:
-            raise errors.UserError(f"{self._path} can't be written: {error.strerror}") from error
+    def flush(self) -> str:
+        """Wait until all lines written so far are on the disk and return "", or why metrics.jsonl is not.
+
+        Then no checkpoint may be saved: it would be ahead of its log.
+        """
+        reason = self._log.sync()
         if self._events is not None:
             with self._event_errors():
                 self._events.sync()
+        return reason
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self.flush()
-        self._lines.close()
+        """Flush and close both files; lines that still can't be written are lost with an error line."""
+        reason = self.flush()
+        if reason:
+            logging.error("%s: the last lines are lost; a run that is continued writes them again", reason)
+        self._log.close()
         if self._events is not None:
             with self._event_errors():
                 self._events.close()
@@ -123,6 +123,9 @@ class Summaries:
             yield
         except OSError as error:
             logging.error("TensorBoard's event file of %s ends here: %s", self._path.parent, error)
+            if self._events is not None:
+                with contextlib.suppress(OSError):
+                    self._events.close()
             self._events = None
 
 

@@ -3,7 +3,10 @@
 Promises:
 - k micro-batches of b compute the gradients of one batch of k * b (floating-point order apart): loss sums are
   divided by the constant global batch, never by a micro-batch's own size or weight.
-- Optimizer, schedule, EMA, clipping and guard tick once an update; one all-reduce an update whatever k is.
+- Optimizer, schedule, EMA, clipping and guard tick once an update; one all-reduce an update whatever k is: one
+  message with all gradients, the loss sums and whether a process was asked to stop, so that all stop after the same
+  update.
+- Only a micro-batch's forward and backward pass is compiled by XLA (`xla`): collectives can't be (TensorFlow 2.15).
 - Non-finite gradients, a teacher without an answer, or a batch in which every image is unreadable leave weights,
   slots and EMA untouched; `step` still advances, because it drives position and schedule.
 
@@ -31,6 +34,7 @@ METRICS = (
     "optim/grad_norm",
     "data/weight",
     "finite",
+    "stop",
     "skipped_in_row",
 )
 _WEIGHT, _FINITE = METRICS.index("data/weight"), METRICS.index("finite")
@@ -115,19 +119,20 @@ def restore(state: TrainState, tensors: dict[str, np.ndarray]) -> None:
 
 
 def make(config, strategy: tf.distribute.Strategy, state: TrainState) -> Callable:
-    """Return `update(batch, answers) -> float32 [len(METRICS)]`, one optimizer update as one graph.
+    """Return `update(batch, answers, stop) -> float32 [len(METRICS)]`, one optimizer update as one graph.
 
     `config` is resolved. `batch` is the stream's, per replica under a distributed strategy: its slice holds
     accum_steps * micro_batch examples. `answers` are the teacher's to the same rows (`teachers.labels`), None where
-    distill.kind is none. The losses and the norm mean nothing where `finite` is 0.
+    distill.kind is none. `stop`: float32 scalar, 1 where this process was asked to stop; the vector has the replicas'
+    sum. The losses and the norm mean nothing where `finite` is 0.
     """
     gradients = gradient_function(config, state)
     apply = _apply(config, state)
     fp16 = config.precision == "mixed_float16"
 
     @tf.function(autograph=False)  # every branch and loop is explicit: tracing is shorter without
-    def update(batch, answers=None):
-        reduced, sums = strategy.run(gradients, args=(batch, answers))
+    def update(batch, answers=None, stop=None):
+        reduced, sums = strategy.run(gradients, args=(batch, answers, tf.constant(0.0) if stop is None else stop))
         sums = strategy.experimental_local_results(sums)[0]  # equal on all replicas after the all-reduce
         finite = sums[_FINITE] > 0
 
@@ -162,36 +167,27 @@ def make(config, strategy: tf.distribute.Strategy, state: TrainState) -> Callabl
 
 
 def gradient_function(config, state: TrainState) -> Callable:
-    """Return the replica function: (batch, answers) -> (all-reduced gradients, METRICS without the last)."""
+    """Return the replica function: (batch, answers, stop) -> (all-reduced gradients, METRICS without the last)."""
     micro, accum = config.micro_batch, config.resolved.accum_steps
     global_batch = float(config.global_batch)
     classes = len(config.resolved.classes)
     variables = [variable for _, variable in state.trainable]
+    compute = _micro_gradients(config, state)
 
-    def micro_gradients(batch, targets, i):
-        rows = slice(i * micro, (i + 1) * micro)
-        weight = batch["weight"][rows]  # [b]
-        images = mixing.images(batch, i * micro, micro)  # [b, S, S, 3]
-        with tf.GradientTape() as tape:
-            outputs = state.network.logits(images, batch["drop"][rows])
-            parts = losses.objective(
-                outputs,
-                mixing.targets(batch, i * micro, micro, classes),
-                None if targets is None else targets[rows],
-                loss_config=config.loss,
-                distill_config=config.distill,
-            )
-            sums = [tf.reduce_sum(part * weight) / global_batch for part in parts]
-            scaled = sums[0] * state.loss_scale
-        return tape.gradient(scaled, variables), tf.stack([*sums, tf.reduce_sum(weight)])
-
-    def gradients(batch, answers):
-        targets = None if answers is None else labels.layout(config).targets(answers)
+    def gradients(batch, answers=None, stop=0.0):
+        told = None if answers is None else labels.layout(config).targets(answers)
         zeros = [tf.zeros(variable.shape, tf.float32) for variable in variables]
         first = tf.stack([_answered(answers), 0.0, 0.0, 0.0])
 
         def body(i, total, sums):
-            new, new_sums = micro_gradients(batch, targets, i)
+            rows = slice(i * micro, (i + 1) * micro)
+            new, new_sums = compute(
+                mixing.images(batch, i * micro, micro),  # [b, S, S, 3]
+                batch["drop"][rows],
+                mixing.targets(batch, i * micro, micro, classes),
+                None if told is None else told[rows],
+                batch["weight"][rows],  # [b]
+            )
             return i + 1, [a + tf.cast(b, tf.float32) for a, b in zip(total, new)], sums + new_sums
 
         if accum == 1:
@@ -204,8 +200,7 @@ def gradient_function(config, state: TrainState) -> Callable:
                 parallel_iterations=1,  # two micro-batches at once would hold two sets of activations
                 maximum_iterations=accum,
             )
-        context = tf.distribute.get_replica_context()
-        *total, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, [*total, sums])
+        *total, sums, stop = _summed([*total, sums, tf.convert_to_tensor(stop)])
         # Images that could not be read weigh 0: the mean is over those that could.
         present = global_batch / tf.maximum(sums[3], 1.0)
         factor = present / state.loss_scale
@@ -214,10 +209,36 @@ def gradient_function(config, state: TrainState) -> Callable:
         finite = tf.math.is_finite(norm) & tf.math.is_finite(sums[0]) & (sums[3] > 0)
         if config.optim.clip_norm:
             total, _ = tf.clip_by_global_norm(total, config.optim.clip_norm, use_norm=norm)
-        sums = tf.concat([sums[:3] * present, [norm, sums[3], tf.cast(finite, tf.float32)]], 0)
+        sums = tf.concat([sums[:3] * present, [norm, sums[3], tf.cast(finite, tf.float32), stop]], 0)
         return total, sums
 
     return gradients
+
+
+def _micro_gradients(config, state: TrainState) -> Callable:
+    """Return (images, drop, truth, told, weight) of a micro-batch -> (scaled gradients, sums of losses and weight)."""
+    variables = [variable for _, variable in state.trainable]
+
+    def compute(images, drop, truth, told, weight):
+        with tf.GradientTape() as tape:
+            outputs = state.network.logits(images, drop)
+            parts = losses.objective(outputs, truth, told, loss_config=config.loss, distill_config=config.distill)
+            sums = [tf.reduce_sum(part * weight) / float(config.global_batch) for part in parts]
+            scaled = sums[0] * state.loss_scale
+        return tape.gradient(scaled, variables), tf.stack([*sums, tf.reduce_sum(weight)])
+
+    return tf.function(compute, jit_compile=True, autograph=False) if config.xla else compute
+
+
+def _summed(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Return the sums over replicas of float32 tensors, sent as one message: a ring pays its latency once."""
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1:
+        return tensors
+    flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+    flat = context.all_reduce(tf.distribute.ReduceOp.SUM, flat)
+    parts = tf.split(flat, [tensor.shape.num_elements() for tensor in tensors])
+    return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
 def _answered(answers: labels.Answers | None) -> tf.Tensor:

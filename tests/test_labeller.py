@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from configs import base
-from deit import checkpoint, errors, feed, loop, rules, teachers
+from deit import checkpoint, errors, feed, job, loop, rules, teachers
 from deit.teachers import cache, fingerprint, labeller, report
 
 BATCH, UPDATES = 16, 3
@@ -65,7 +65,7 @@ def make_config(teacher, **changes):
 def opened(config, *, replicas=1, keeps_on=True):
     """Return (resolved configuration, strategy, source, labeller)."""
     strategy = devices.two_cpus() if replicas == 2 else devices.one_device()
-    resolved, train_source, eval_source = loop.open_data(config, replicas=replicas)
+    resolved, train_source, eval_source = job.open_data(config, replicas=replicas)
     found = labeller.open_labeller(
         resolved, strategy, workdir=".", train_source=train_source, eval_source=eval_source, keeps_on=keeps_on
     )
@@ -339,7 +339,7 @@ def test_the_report_is_measured_once(filled, monkeypatch):
 def train(workdir, config):
     """Train in this process; return state_sha256 of the last checkpoint."""
     workdir.mkdir()
-    job = loop.prepare(config, workdir, replicas=1)
+    job = job.prepare(config, workdir, replicas=1)
     loop.train(job, strategy=devices.one_device())
     return checkpoint.manifest(checkpoint.newest(workdir, set_aside=False))["state_sha256"]
 
@@ -380,5 +380,5 @@ def test_twenty_updates_on_real_flowers_end_with_the_same_bits_online_and_cached
 def _evaluation(config):
     from deit.data import stream
 
-    resolved, _, eval_source = loop.open_data(config, replicas=1)
+    resolved, _, eval_source = job.open_data(config, replicas=1)
     return stream.evaluation(eval_source, resolved, batch=resolved.eval.batch)

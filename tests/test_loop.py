@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator
 
 from configs import base
-from deit import checkpoint, errors, feed, loop, rules, summaries, train_step
+from deit import checkpoint, errors, feed, job, loop, recorder, rules, summaries
 from deit import config as configuration
 from deit.data import mixing, sources, stream
 
@@ -100,47 +100,6 @@ def mixed(batch, micro):
     return np.concatenate(pictures), np.concatenate([mixing.targets(tensors, start, micro, 10) for start in starts])
 
 
-def vector(**values):
-    """Return what an update returns."""
-    usual = dict.fromkeys(train_step.METRICS, 0.5) | {"finite": 0.0, "data/weight": 32.0, "skipped_in_row": 1.0}
-    return np.array([{**usual, **values}[name] for name in train_step.METRICS], np.float32)
-
-
-UNREADABLE = {"data/weight": 0.0}
-CAUSES = {"every image was unreadable": UNREADABLE, "non-finite gradients": {}}
-
-
-@pytest.mark.parametrize("cause", CAUSES)
-def test_skipped_updates_are_warned_of_and_end_the_run_once_max_skipped_are_in_a_row(caplog, cause):
-    config = types.SimpleNamespace(global_batch=BATCH, max_skipped=3)
-    other = next(text for text in CAUSES if text != cause)
-    with caplog.at_level(logging.WARNING):
-        for row in (1, 2):
-            loop.guard(config, vector(**CAUSES[cause], skipped_in_row=row), 6 + row)
-    assert len(caplog.records) == 2
-    assert cause in caplog.text and other not in caplog.text
-    assert "positions 192 to 223" in caplog.text and "positions 224 to 255" in caplog.text  # of updates 7 and 8
-    with pytest.raises(loop.Diverged) as caught:
-        loop.guard(config, vector(**CAUSES[cause], skipped_in_row=3), 9)
-    assert "update 9" in str(caught.value) and "max_skipped" in str(caught.value)
-    assert cause in str(caught.value) and other not in str(caught.value)
-
-
-def test_the_guard_names_the_teacher_where_only_its_term_is_not_finite(caplog):
-    config = types.SimpleNamespace(global_batch=BATCH, max_skipped=3)
-    finite = {"train/loss": math.nan, "train/loss_cls": 1.0, "data/weight": float(BATCH)}
-    with caplog.at_level(logging.WARNING):
-        loop.guard(config, vector(**finite, finite=0.0, skipped_in_row=1.0), 1)
-    assert "the teacher's answers are not finite" in caplog.text
-
-
-def test_an_applied_update_passes_the_guard_in_silence(caplog):
-    config = types.SimpleNamespace(global_batch=BATCH, max_skipped=1)
-    with caplog.at_level(logging.WARNING):
-        loop.guard(config, vector(finite=1.0, skipped_in_row=0.0), 1)
-    assert caplog.records == []
-
-
 @pytest.mark.parametrize(
     ("step", "every", "due"),
     [
@@ -155,12 +114,12 @@ def test_an_applied_update_passes_the_guard_in_silence(caplog):
     ],
 )
 def test_something_is_due_at_its_interval_and_at_the_end(step, every, due):
-    assert loop.due_at(step, 10)(every) is due
+    assert recorder.due_at(step, 10)(every) is due
 
 
 def train(config, workdir, strategy):
     workdir.mkdir()
-    return loop.train(loop.prepare(config, workdir, replicas=strategy.num_replicas_in_sync), strategy=strategy)
+    return loop.train(job.prepare(config, workdir, replicas=strategy.num_replicas_in_sync), strategy=strategy)
 
 
 @pytest.fixture(scope="module")
@@ -263,9 +222,9 @@ def test_unreadable_pictures_are_named_once_counted_and_too_many_end_the_run(tmp
 
 def test_a_run_begun_with_other_draws_is_not_continued():
     now = {"stream": "2", "teacher": "", "deit": "0.2.0"}
-    loop.check_versions(now, now, "runs/a")
+    job.check_versions(now, now, "runs/a")
     with pytest.raises(errors.UserError, match=r"runs/a was begun with other random draws .* deit 0\.1\.0"):
-        loop.check_versions({"teacher": "", "deit": "0.1.0"}, now, "runs/a")
+        job.check_versions({"teacher": "", "deit": "0.1.0"}, now, "runs/a")
 
 
 def test_every_checkpoint_says_of_which_stream_it_is(finished):

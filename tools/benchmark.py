@@ -127,11 +127,11 @@ def _teacher() -> tuple[dict, list[str]]:
     config = CONFIG.value
     if config.distill.kind == "none":
         raise errors.UserError("distill.kind ('none') must be hard or soft to measure a teacher")
-    from deit import loop, runtime
+    from deit import job, runtime
     from tools.benchmarks import teacher, update
 
     runtime.prepare(config.precision)
-    _, source, eval_source = loop.open_data(config, replicas=1)
+    _, source, eval_source = job.open_data(config, replicas=1)
     with tempfile.TemporaryDirectory(prefix="deit-benchmark-") as directory:
         flops = None
         if STAND_IN.value:

@@ -39,22 +39,24 @@ def main(_) -> int:
     config = CONFIG.value
     with config.unlocked():
         config.teacher.cache = "readwrite"  # what is there is kept
+        if config.strategy in ("auto", "multi_worker"):  # shards know nothing of each other
+            config.strategy = "one_device"
     rules.validate(config)
     shard, bounds = numbers("shard", SHARD.value, r"(\d+)/(\d+)"), numbers("updates", UPDATES.value, r"(\d*):(\d*)")
     if shard[0] >= shard[1]:
         raise errors.UserError(f"--shard ({SHARD.value}) must be I/N with 0 <= I < N")
     workdir = Path(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
 
-    from deit import loop, runtime, teachers  # TensorFlow starts only now
+    from deit import job, runtime, teachers  # TensorFlow starts only now
     from deit.data import stream
     from deit.teachers import ahead, labeller, report
 
     teachers.check(config)
     if config.teacher.kind == "train":
         check_trained(workdir)
-    runtime.prepare(config.precision, logical_cpus=config.devices if config.strategy == "mirrored" else 1)
-    strategy = runtime.make_strategy(config.strategy, config.devices)
-    resolved, train_source, eval_source = loop.open_data(config, replicas=strategy.num_replicas_in_sync)
+    runtime.prepare(config.precision, logical_cpus=runtime.logical_cpus(config))
+    strategy = runtime.make_strategy(config)
+    resolved, train_source, eval_source = job.open_data(config, replicas=strategy.num_replicas_in_sync)
     first, last = wanted(bounds, resolved.resolved.total_updates)
     teacher = labeller.open_labeller(
         resolved, strategy, workdir=workdir, train_source=train_source, eval_source=eval_source, keeps_on=False

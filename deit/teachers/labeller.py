@@ -2,7 +2,8 @@
 
 Promises: an answer that comes from the cache is the one that the teacher would give, bit by bit (under the conditions
 that were recorded; under others only with teacher.allow_ties, and then the agreement is measured). What the cache
-lacks, or has of pictures that were unreadable then and are not now, is computed. The teacher is built when it is first
+lacks, or has of pictures that were unreadable then and are not now, is computed. Each of several workers answers its
+own share, and builds a teacher of its own. The teacher is built when it is first
 needed: a run that finds everything in the cache never loads it. A disk that fills up ends the writing and not the
 training.
 """
@@ -58,7 +59,7 @@ class Labeller:
     def teacher(self) -> base.Teacher:
         """Return the teacher, built at the first call. Errors: UserError where it is not what it was at the start."""
         if self._teacher is None:
-            with self._strategy.scope():
+            with runtime.local_scope(self._strategy):
                 built = self._build()
             if built.identity != self.identity:  # its answers would be kept, or told, as another one's
                 raise errors.UserError(
@@ -88,9 +89,10 @@ class Labeller:
 
     def __call__(self, batch: dict, update: int) -> labels.Answers:
         """Return the answers to the batch of an update (0 is the first), per replica as the batch is."""
-        first = update * self._config.global_batch
+        own, count = feed.share(self._config, self._strategy)
+        first = update * self._config.global_batch + own
         readable = feed.local(self._strategy, batch["weight"]) > 0 if self.cache else None
-        found = self.cache.read(first, self._config.global_batch) if self._reads else None
+        found = self.cache.read(first, count) if self._reads else None
         if found is not None and np.array_equal(found.readable, readable):
             self.from_cache += 1
             if not found.own and not self._compared:
@@ -173,6 +175,11 @@ def open_labeller(
     if config.teacher.kind == "none":
         return None
     classes, mode = config.resolved.classes, config.teacher.cache
+    if mode in ("write", "readwrite") and runtime.place(strategy).count > 1:
+        raise errors.UserError(
+            f"teacher.cache ({mode!r}) must be 'read' or 'off' with several workers: each has a part of a chunk; "
+            "tools/cache_teacher.py fills the cache ahead, in as many shards as there are machines"
+        )
 
     def build():
         return teachers.build(config, classes=classes, workdir=workdir)
@@ -180,7 +187,7 @@ def open_labeller(
     if mode == "off":
         if config.teacher.cache_dir:
             logging.warning("teacher.cache_dir (%s) is not used: teacher.cache is 'off'", config.teacher.cache_dir)
-        with strategy.scope():
+        with runtime.local_scope(strategy):
             teacher = build()
         found = Labeller(config, strategy, lambda: teacher, identity=teacher.identity)
         found.teacher()  # at once: it is used, and the plan describes it

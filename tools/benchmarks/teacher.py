@@ -40,7 +40,7 @@ class Training:
     """
 
     def __init__(self, config, source: sources.Source, eval_source: sources.Source):
-        self._strategy, self._source = runtime.make_strategy("one_device"), source
+        self._strategy, self._source = runtime.one_device(), source
         self.config = configuration.resolve(
             config, train_size=len(source), eval_size=len(eval_source), classes=source.classes, replicas=1
         )

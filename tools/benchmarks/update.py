@@ -96,7 +96,7 @@ def copy_of(config, changes: dict[str, Any]) -> Any:
 
 def student(config, *, classes: Sequence[str], train_size: int) -> tuple[Callable, factory.Network]:
     """Return the update of a new student on one device, and the student."""
-    strategy = runtime.make_strategy("one_device")
+    strategy = runtime.one_device()
     resolved = configuration.resolve(
         copy_of(config, {"total_updates": 1000}), train_size=train_size, eval_size=1, classes=classes, replicas=1
     )
