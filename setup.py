@@ -36,6 +36,9 @@ EXTRAS = {
         "scipy>=1.15,<2",  # distributions that random draws are held against; scikit-learn brings it anyway
         "ruff>=0.17,<0.18",  # another minor version may format otherwise
         "packaging>=24",  # compares the ranges above with constraints.txt
+        "PyYAML>=6,<7",  # reads launch/kubernetes.yaml
+        "kubernetes-validate>=1.31,<2",  # the schemas of Kubernetes, which that file is held against
+        "kubeflow-training>=1.9,<2",  # the schema of its TFJob
     ],
 }
 

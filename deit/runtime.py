@@ -182,7 +182,7 @@ def place(strategy: tf.distribute.Strategy) -> Place:
 
 
 def local_scope(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager:
-    """Return where variables are made that no other process shares, such as a teacher's: making them is no collective."""
+    """Return the scope of variables that no other process has, such as a teacher's: making them is no collective."""
     return contextlib.nullcontext() if place(strategy).count > 1 else strategy.scope()
 
 

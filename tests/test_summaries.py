@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_multiplexer
 from tensorboard.util import tensor_util
 
-from deit import errors, pictures, summaries
+from deit import errors, line_log, pictures, summaries
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,8 @@ def _close_at_the_end(monkeypatch):
         opened.append(real(*arguments, **options))
         return opened[-1]
 
-    monkeypatch.setattr(summaries, "open", recorded, raising=False)
+    for module in (summaries, line_log):
+        monkeypatch.setattr(module, "open", recorded, raising=False)
     yield
     for file in opened:
         file.close()
@@ -208,6 +209,156 @@ def test_a_broken_event_file_is_logged_once_and_stops_nothing(tmp_path, monkeypa
     assert logged(tmp_path)[-1] == (4, 0.5)
 
 
+class Disk(io.FileIO):
+    """A file on a disk with so much `room` left, in bytes; None = enough."""
+
+    room: int | None = None
+
+    def write(self, data) -> int:
+        if Disk.room is None:
+            return super().write(data)
+        if Disk.room == 0:
+            raise OSError(28, "No space left on device")
+        taken = super().write(data[: Disk.room])
+        Disk.room -= taken
+        return taken
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Let metrics.jsonl lie on a `Disk`."""
+    monkeypatch.setattr(line_log, "open", lambda path, mode, buffering: Disk(path, mode), raising=False)
+    monkeypatch.setattr(Disk, "room", None)
+    return Disk
+
+
+def levels(caplog) -> list[str]:
+    return [record.levelname for record in caplog.records]
+
+
+@pytest.mark.parametrize("room", [0, 1, 17, 33, 34, 35, 70, 100])
+def test_on_a_full_disk_lines_wait_in_memory_and_none_is_torn(tmp_path, disk, room, caplog):
+    caplog.set_level("INFO", logger="absl")
+    writer = summaries.Summaries(tmp_path, start_step=-1)
+    write(writer, 0, [1, 2])
+    disk.room = room
+    write(writer, 0, range(3, 9))
+    expected = [(step, step / 8) for step in range(1, 11)]
+    there = logged(tmp_path)
+    assert there == expected[: len(there)]
+    assert len(there) < 8
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    for _ in range(2):
+        assert writer.flush() == f"{tmp_path / 'metrics.jsonl'} can't be written: No space left on device"
+    assert levels(caplog) == ["ERROR"]
+    disk.room = None
+    write(writer, 0, [9])
+    assert logged(tmp_path) == expected[:9]
+    assert levels(caplog) == ["ERROR", "INFO"]
+    assert writer.flush() == ""
+    write(writer, 0, [10])
+    writer.close()
+    assert logged(tmp_path) == expected
+    assert shown(tmp_path, "train/loss") == expected
+    assert levels(caplog) == ["ERROR", "INFO"]
+
+
+def test_each_outage_is_logged_once(tmp_path, disk, caplog):
+    caplog.set_level("INFO", logger="absl")
+    writer = summaries.Summaries(tmp_path, start_step=-1)
+    for outage in range(3):
+        disk.room = 5
+        write(writer, 0, range(10 * outage, 10 * outage + 5))
+        disk.room = None
+        assert writer.flush() == ""  # ends an outage as a line does
+    writer.close()
+    assert levels(caplog) == ["ERROR", "INFO"] * 3
+    assert [step for step, _ in logged(tmp_path)] == [s for k in range(3) for s in range(10 * k, 10 * k + 5)]
+
+
+def test_a_torn_part_that_can_t_be_cut_off_at_once_is_cut_off_before_the_next_line(tmp_path, disk, monkeypatch):
+    writer = summaries.Summaries(tmp_path, start_step=-1)
+    write(writer, 0, [1])
+
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", fails)
+        disk.room = 10
+        write(writer, 0, [2, 3])
+        disk.room = None
+        write(writer, 0, [4])
+        assert "Input/output error" in writer.flush()
+    write(writer, 0, [5])
+    assert writer.flush() == ""
+    writer.close()
+    assert logged(tmp_path) == [(step, step / 8) for step in range(1, 6)]
+
+
+def test_lines_that_a_failed_fsync_lost_are_written_again(tmp_path, monkeypatch, caplog):
+    """The kernel says once that pages were lost: the lines since the last good fsync are not taken for written."""
+    caplog.set_level("INFO", logger="absl")
+    writer = summaries.Summaries(tmp_path, start_step=-1)
+    write(writer, 0, [1, 2])
+    assert writer.flush() == ""
+    write(writer, 0, [3, 4])
+
+    def fails(_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        assert "Input/output error" in writer.flush()
+        assert [step for step, _ in logged(tmp_path)] == [1, 2]
+        write(writer, 0, [5])
+    write(writer, 0, [6])
+    assert writer.flush() == ""
+    assert [step for step, _ in logged(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [record.levelname for record in caplog.records if "metrics.jsonl" in record.getMessage()] == [
+        "ERROR",
+        "INFO",
+    ]
+
+
+def test_without_a_flush_memory_holds_no_more_than_so_many_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(line_log, "HELD", 10)
+    writer = summaries.Summaries(tmp_path, start_step=-1)
+    for step in range(1, 36):
+        write(writer, 0, [step])
+        assert len(writer._log._lines) <= 10
+    writer.close()
+    assert len(logged(tmp_path)) == 35
+
+
+def test_closing_on_a_full_disk_raises_nothing_and_leaves_whole_lines(tmp_path, disk, caplog):
+    writer = summaries.Summaries(tmp_path, start_step=-1)
+    write(writer, 0, [1])
+    disk.room = 7
+    write(writer, 0, [2, 3])
+    writer.close()
+    assert logged(tmp_path) == [(1, 0.125)]
+    assert levels(caplog) == ["ERROR", "ERROR"]
+    assert "the last lines are lost" in caplog.text
+
+
+def test_pictures_and_texts_that_can_t_be_written_stop_nothing(tmp_path, monkeypatch, caplog):
+    writer = summaries.Summaries(tmp_path, start_step=-1)
+
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PIL.Image.Image, "save", fails)
+        writer.image(1, "a", np.zeros([2, 2, 3], np.uint8))
+    writer.text(1, "a", "b")
+    writer.image(1, "a", np.zeros([2, 2, 3], np.uint8))
+    write(writer, 0, [1])
+    writer.close()
+    assert logged(tmp_path) == [(1, 0.125)]
+    assert levels(caplog) == ["ERROR"]
+
+
 def test_flush_reaches_the_disk_with_both_files(tmp_path, monkeypatch):
     writer, synced = summaries.Summaries(tmp_path, start_step=-1), []
 
@@ -217,7 +368,7 @@ def test_flush_reaches_the_disk_with_both_files(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     write(writer, 0, [1])
     assert synced == []
-    writer.flush()
+    assert writer.flush() == ""
     (event_file,) = tmp_path.glob("events.*")
     assert synced == ["metrics.jsonl", event_file.name]
 

@@ -1,0 +1,114 @@
+"""Two workers under the supervisor, and every fault that one of them can have: the run is the undisturbed one.
+
+A start costs most of the time here, so one run suffers several faults in turn.
+"""
+
+import itertools
+import os
+import signal
+import socket
+
+import pytest
+import runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TOTAL = 12
+FLAGS = [
+    f"--config={runs.ROOT / 'configs'}/deit_tiny_flowers.py:full_scratch",
+    "--config.data.name=digits", "--config.data.train_split=train", "--config.data.eval_split=test",
+    "--config.data.image_size=32", "--config.model.variant=deit_micro_patch8_32", "--config.model.drop_path=0.2",
+    "--config.global_batch=32", "--config.micro_batch=8", "--config.augment.mix_group=8",
+    f"--config.total_updates={TOTAL}", "--config.checkpoint.every_updates=2", "--config.eval.every_updates=5",
+]  # fmt: skip
+QUICKLY = ["--backoff", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What two workers leave that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    chief, other = runs.workers(2, *FLAGS, f"--workdir={workdir}")
+    with chief, other:
+        assert (chief.code(), other.code()) == (0, 0), chief.output() + other.output()
+    assert "is worker 1" in other.output() and "update 1/" not in other.output(), "only the chief tells of updates"
+    result = runs.final(workdir)
+    assert result[0] == f"step-{TOTAL:08d}" and [line["step"] for line in result[2]] == list(range(1, TOTAL + 1))
+    return result
+
+
+def test_killed_workers_are_replaced_and_the_run_is_the_undisturbed_one(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    with runs.supervised("-n", 2, *QUICKLY, "--", *FLAGS, f"--workdir={workdir}") as group:
+        group.wait_for(r"update 3/")
+        os.kill(runs.pids(group, 1)[1], signal.SIGKILL)
+        group.wait_for(r"worker 0: exit 3")  # the chief noticed, and left by itself
+
+        after = len(group.lines)
+        seen, chief = set((workdir / "checkpoints").glob("tmp-[0-9]*")), runs.pids(group, 2)[0]
+        while not set((workdir / "checkpoints").glob("tmp-[0-9]*")) - seen:  # there for milliseconds: no pause
+            assert group.process.poll() is None, group.output()
+        os.kill(chief, signal.SIGKILL)  # while it saves
+        group.wait_for(r"worker 1: exit 3", after)
+
+        after = len(group.lines)
+        group.wait_for(r"evaluating after update 5\b", after)
+        os.kill(runs.pids(group, 3)[0], signal.SIGKILL)
+        group.wait_for(r"start 4: pid", after)
+        assert group.code() == 0, group.output()
+    assert runs.final(workdir) == undisturbed
+
+
+def test_a_port_in_use_a_lonely_worker_and_a_hung_one_are_survived(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        limits = ["--port", port, "--startup", 45, "--grace", 5]
+        with runs.supervised("-n", 2, *QUICKLY, *limits, "--", *FLAGS, f"--workdir={workdir}") as group:
+            group.wait_for(rf"port {port} is in use, passed over")
+            os.kill(runs.pids(group, 1)[1], signal.SIGSTOP)  # before it is up: worker 0 waits for it in vain
+            group.wait_for(r"not up after 45 s: worker 0, 1")
+            after = len(group.lines)
+            group.wait_for(r"update 7/", after)
+            os.kill(runs.pids(group, 2)[1], signal.SIGSTOP)
+            group.wait_for(r"worker 0: exit 3", after)  # its heartbeat stopped
+            group.wait_for(r"worker 1 was killed by SIGKILL", after)
+            assert group.code() == 0, group.output()
+    assert runs.final(workdir) == undisturbed
+
+
+def test_sigterm_to_one_worker_saves_and_ends_both_at_the_same_update_and_the_run_goes_on(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    chief, other = runs.workers(2, *FLAGS, f"--workdir={workdir}")
+    with chief, other:
+        chief.wait_for(r"update 4/")
+        other.send(signal.SIGTERM)
+        assert (chief.code(), other.code()) == (42, 42), chief.output() + other.output()
+        stopped = {each.wait_for(r"stopped after update (\d+) of")[1] for each in (chief, other)}
+    (step,) = stopped
+    assert max(path.name for path in (workdir / "checkpoints").glob("step-*")) == f"step-{int(step):08d}"
+
+    with runs.supervised("-n", 2, *QUICKLY, "--", *FLAGS, f"--workdir={workdir}") as group:
+        group.wait_for(rf"continuing .* after update {step} of {TOTAL}")
+        group.wait_for(r"update 9/")
+        group.send(signal.SIGINT)  # Ctrl-C: they save, and are not started again
+        assert group.code() == 42, group.output()
+        assert "start 2" not in group.output()
+    with runs.supervised("-n", 2, *QUICKLY, "--", *FLAGS, f"--workdir={workdir}") as group:
+        assert group.code() == 0, group.output()
+    assert runs.final(workdir) == undisturbed
+
+
+def test_a_worker_that_waits_in_vain_or_has_no_port_ends_by_itself_and_says_so(tmp_path):
+    lonely, *_ = runs.workers(2, *FLAGS, "--config.startup_seconds=15", f"--workdir={tmp_path / 'run'}")[:1]
+    with lonely:
+        lonely.wait_for(r"worker 0 of 2, 127\.0\.0\.1:\d+, waits for the others, at most 15 s")
+        assert lonely.code() == -signal.SIGALRM
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_counter_of_starts_is_the_supervisor_s_and_a_bad_field_is_not_tried_again(tmp_path):
+    with runs.supervised("-n", 2, "--", *FLAGS, "--config.optim.peak_lr=-1", f"--workdir={tmp_path / 'run'}") as group:
+        assert group.code() == 1
+        assert "optim.peak_lr (-1.0) must be greater than 0" in group.output()
+        assert not any(f"start {n}:" in group.output() for n in itertools.islice(itertools.count(2), 3))
