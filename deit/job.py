@@ -27,12 +27,14 @@ class Job:
       config: resolved and frozen.
       workdir: where the run lives.
       train_source, eval_source: the two splits, opened.
+      prefix: of its fields in the flags: `teacher.train.` where it is the teacher that is trained first.
     """
 
     config: FrozenConfigDict
     workdir: Path
     train_source: sources.Source
     eval_source: sources.Source
+    prefix: str = ""
 
 
 def prepare(config, workdir: Path, *, replicas: int) -> Job:
@@ -92,7 +94,7 @@ def prepare_teacher(student: Job, *, replicas: int) -> Job:
             f"teacher.train.data.name ({own.data.name}) must have the classes of data.name "
             f"({student.config.data.name}): {', '.join(theirs[:6])} are not {', '.join(ours[:6])}"
         )
-    return teacher
+    return dataclasses.replace(teacher, prefix="teacher.train.")
 
 
 def write_config(config, workdir: Path) -> None:

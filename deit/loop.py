@@ -78,7 +78,7 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
     taught = None
     if teacher is not None and place.chief:
         eval_batches = stream.evaluation(run.eval_source, config, batch=config.eval.batch)
-        with memory.advised(config, "teacher.batch"):
+        with memory.advised(config, "teacher.batch", prefix=run.prefix):
             taught = teacher.measure(eval_batches, config.resolved.classes)
         logging.info("teacher: %s", teacher_report.describe(taught))
         teacher_report.gate(taught, config.teacher.min_accuracy)
@@ -101,9 +101,9 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
         while step < total and not leaving:
             batch = next(iterator)
             rate = float(learning_rate(step))
-            with memory.advised(config, "teacher.batch"):
+            with memory.advised(config, "teacher.batch", prefix=run.prefix):
                 answers = teacher(batch, step) if config.distill.kind != "none" else None
-            with memory.advised(config, "micro_batch"):
+            with memory.advised(config, "micro_batch", prefix=run.prefix):
                 # The one read of the device; a cache looks at the weights, too.
                 vector = update(batch, answers, tf.constant(float(stop.requested))).numpy()
             step += 1

@@ -108,7 +108,7 @@ class Recorder:
         self._progress.pause()
         logging.info("evaluating after update %d on %s", step, self._config.data.eval_split)
         classes = self._config.resolved.classes
-        with memory.advised(self._config, "eval.batch"):
+        with memory.advised(self._config, "eval.batch", prefix=self._run.prefix):
             report = evaluate.student(
                 self._state.network,
                 self._eval_batches,

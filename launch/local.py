@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deit import cli, cluster, errors  # noqa: E402  the clone that this lies in comes first
-from deit import workdir as run_directory  # noqa: E402
-from launch import supervisor  # noqa: E402
+from deit import cli, cluster, errors  the clone that this lies in comes first
+from deit import workdir as run_directory
+from launch import supervisor
 
 HOST = "127.0.0.1"
 _LAST_PORT = 65535

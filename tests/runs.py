@@ -82,10 +82,16 @@ def free_ports(count):
             each.close()
 
 
-def workers(count, *flags, ports=()):
-    """Return `count` processes of main.py that form a cluster on loopback."""
-    addresses = tuple(f"127.0.0.1:{port}" for port in ports or free_ports(count))
-    return [main(*flags, env={"TF_CONFIG": cluster.Cluster(addresses, i).tf_config()}) for i in range(count)]
+def worker(index, ports, *flags):
+    """Return one process of main.py of a cluster on loopback."""
+    addresses = tuple(f"127.0.0.1:{port}" for port in ports)
+    return main(*flags, env={"TF_CONFIG": cluster.Cluster(addresses, index).tf_config()})
+
+
+def workers(count, *flags):
+    """Return all processes of main.py of a cluster on loopback."""
+    ports = free_ports(count)
+    return [worker(index, ports, *flags) for index in range(count)]
 
 
 def supervised(*arguments):

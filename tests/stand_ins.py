@@ -6,8 +6,8 @@ import numpy as np
 import tensorflow as tf
 
 from configs import base as template
-from deit import saver, teachers
 from deit import config as configuration
+from deit import saver, teachers
 from deit.models import factory, paths
 
 CLASSES = ("a", "b", "c")
@@ -70,9 +70,7 @@ def finished_run(workdir, classes=CLASSES, seed=0):
     for _, variable in paths.variables(network.model):
         variable.assign(variable + rng.normal(0, 0.05, variable.shape))  # no longer the initial weights
     tensors = {f"student/{path}": variable.numpy() for path, variable in paths.variables(network.model)}
-    writer = saver.Saver(
-        workdir, config_json=configuration.to_json(c), keep=1, keep_every=0, max_failed=0, versions={}
-    )
+    writer = saver.Saver(workdir, config_json=configuration.to_json(c), keep=1, keep_every=0, max_failed=0, versions={})
     writer.save(3, tensors, metrics={})
     writer.finish()
     return workdir, network

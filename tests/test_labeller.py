@@ -339,8 +339,8 @@ def test_the_report_is_measured_once(filled, monkeypatch):
 def train(workdir, config):
     """Train in this process; return state_sha256 of the last checkpoint."""
     workdir.mkdir()
-    job = job.prepare(config, workdir, replicas=1)
-    loop.train(job, strategy=devices.one_device())
+    run = job.prepare(config, workdir, replicas=1)
+    loop.train(run, strategy=devices.one_device())
     return checkpoint.manifest(checkpoint.newest(workdir, set_aside=False))["state_sha256"]
 
 

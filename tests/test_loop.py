@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import math
 import types
 
 import devices

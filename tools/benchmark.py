@@ -13,6 +13,13 @@ python tools/benchmark.py data --peer [--config=FILE] [--recipe=config] [--image
 python tools/benchmark.py teacher [--config=FILE] [--nostand_in] [--rounds=3] [--updates=3] [--json]
     Training without a teacher, with its answers cached and with it at work: images/s. The teacher is a stand-in of
     BiT-M R50x3 (850 MB in the temporary directory, 10 minutes on 2 cores); --nostand_in: the configured one.
+python tools/benchmark.py workers [--config=FILE] [--rounds=3] [--updates=3] [--json]
+    Two workers on this machine's loopback interface, each on half of the cores, at accum_steps 1 and 16: the bytes of
+    an update in its graph and on the wire; images/s against one process on the same cores with the same global_batch,
+    2 x micro_batch x accum_steps. No teacher, no mixing, no GPU; Linux. 15 minutes for DeiT-Ti on 2 cores.
+python tools/benchmark.py checkpoint [--config=FILE] [--rounds=3] [--updates=3] [--json]
+    How long a checkpoint stops the loop and how long its thread writes; images/s with every update (of micro_batch
+    images) saved and without. No teacher, no mixing. It is written below the temporary directory: TMPDIR chooses.
 """
 
 import json
@@ -47,14 +54,17 @@ STAND_IN = flags.DEFINE_boolean(
     "stand_in", True, "teacher: measure a stand-in of BiT-M R50x3 (random weights) instead of the configured teacher."
 )
 JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of lines.")
-USAGE = "usage: python tools/benchmark.py accumulate|data|teacher [--config=FILE]; --help lists the flags"
+MODES = "accumulate|data|teacher|workers|checkpoint"
+USAGE = f"usage: python tools/benchmark.py {MODES} [--config=FILE]; --help lists the flags"
 
 
 def main(argv: list[str]) -> int:
-    """Dispatch. `update SIZE` is one measurement of `accumulate`, in a process of its own."""
+    """Dispatch. `update SIZE` is one measurement of `accumulate`, `worker` one process of `workers`."""
     words = argv[1:]
     if len(words) == 2 and words[0] == "update" and words[1].isdecimal():
         print(json.dumps(_update(int(words[1]))))
+    elif words == ["worker"]:
+        _worker()
     elif len(words) == 1 and words[0] in COMMANDS:
         result, lines = COMMANDS[words[0]]()
         print(json.dumps(result) if JSON.value else "\n".join(lines))
@@ -93,20 +103,14 @@ def _data() -> tuple[dict, list[str]]:
     else:
         _refuse(["timm_python"], "is compared with --peer only")
     rules.validate(CONFIG.value)
-    from deit.data import sources
-
-    wanted = CONFIG.value.data
-    if sources.sizes(wanted) is None:  # a benchmark downloads nothing
-        raise errors.UserError(
-            f"data.name ({wanted.name}) is not prepared in {wanted.data_dir or 'its default directory'}: give "
-            "--config.data.data_dir=DIR with prepared data or --config.data.name=folder:PATH"
-        )
-    source = sources.open_source(wanted, wanted.train_split)
+    _check_data()
     from deit import runtime
+    from deit.data import sources
     from tools.benchmarks import data, peer, update
 
     runtime.prepare(CONFIG.value.precision)
     config, said = CONFIG.value, []
+    source = sources.open_source(config.data, config.data.train_split)
     if RECIPE.value == "crop_flip":
         config, said = update.copy_of(config, data.CROP_FLIP), ["random resized crop and flip alone"]
     if PEER.value:
@@ -153,6 +157,58 @@ def _teacher() -> tuple[dict, list[str]]:
     return result, teacher.lines(result)
 
 
+def _workers() -> tuple[dict, list[str]]:
+    _refuse_others("workers")
+    rules.validate(CONFIG.value)
+    _check_data()
+    from tools.benchmarks import workers
+
+    settings = [word for word in sys.argv[1:] if word != "workers"]
+    command = [sys.executable, __file__, *settings, "worker"]
+    result = workers.measure(CONFIG.value, rounds=ROUNDS.value, updates=UPDATES.value, command=command)
+    return result, workers.lines(result)
+
+
+def _worker() -> None:
+    from tools.benchmarks import workers
+
+    workers.serve(CONFIG.value)
+
+
+def _checkpoint() -> tuple[dict, list[str]]:
+    _refuse_others("checkpoint")
+    rules.validate(CONFIG.value)
+    _check_data()
+    config = CONFIG.value
+    from deit import runtime
+    from deit.data import sources
+    from tools.benchmarks import saving
+
+    runtime.prepare(config.precision)
+    source = sources.open_source(config.data, config.data.train_split)
+    with tempfile.TemporaryDirectory(prefix="deit-benchmark-") as directory:
+        result = saving.measure(config, source, rounds=ROUNDS.value, updates=UPDATES.value, directory=Path(directory))
+    return result, saving.lines(result)
+
+
+def _check_data() -> None:
+    """Raise UserError where the configured data is absent: a benchmark downloads nothing."""
+    from deit.data import sources
+
+    wanted = CONFIG.value.data
+    if sources.sizes(wanted) is None:
+        raise errors.UserError(
+            f"data.name ({wanted.name}) is not prepared in {wanted.data_dir or 'its default directory'}: give "
+            "--config.data.data_dir=DIR with prepared data or --config.data.name=folder:PATH"
+        )
+
+
+def _refuse_others(mode: str) -> None:
+    """Raise UserError where a flag of `data` or `teacher` alone was given."""
+    _refuse(["peer", "images", "recipe", "timm_python"], f"measures `data` and has no meaning for `{mode}`")
+    _refuse(["stand_in"], f"chooses what `teacher` measures and has no meaning for `{mode}`")
+
+
 def _refuse(names: list[str], why: str) -> None:
     """Raise UserError where one of these flags was given."""
     for name in names:
@@ -160,7 +216,21 @@ def _refuse(names: list[str], why: str) -> None:
             raise errors.UserError(f"--{name} {why}")
 
 
-COMMANDS = {"accumulate": _accumulate, "data": _data, "teacher": _teacher}
+def _leave(code: int) -> None:
+    """End the process: as one of several workers at once."""
+    if "deit.runtime" in sys.modules:
+        sys.modules["deit.runtime"].leave(code)
+    sys.exit(code)
+
+
+COMMANDS = {
+    "accumulate": _accumulate,
+    "data": _data,
+    "teacher": _teacher,
+    "workers": _workers,
+    "checkpoint": _checkpoint,
+}
 
 if __name__ == "__main__":
-    cli.run(main, config_flag="config", default_config=str(ROOT / "configs" / "deit_tiny_flowers.py"))
+    default = str(ROOT / "configs" / "deit_tiny_flowers.py")
+    cli.run(main, config_flag="config", default_config=default, leave=_leave)
