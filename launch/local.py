@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deit import cli, cluster, errors  the clone that this lies in comes first
+from deit import cli, cluster, errors
 from deit import workdir as run_directory
 from launch import supervisor
 
