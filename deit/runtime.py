@@ -108,6 +108,7 @@ def _multi_worker(workers: cluster.Cluster, startup_seconds: float) -> tf.distri
     tf.get_logger().setLevel("WARNING")  # it tells devices and options in five lines
     with _deadline(startup_seconds):
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    _keep_to_its_interface(workers.address)
     logging.info("cluster of %d workers is up, this is worker %d", workers.size, workers.index)
     return strategy
 
@@ -147,6 +148,26 @@ def _wait_for_port(address: str) -> None:
                 logging.warning("%s: %s; trying again for %.0f s", address, error.strerror, _PORT_PATIENCE)
             told = True
             time.sleep(0.5)
+
+
+def _keep_to_its_interface(address: str) -> None:
+    """Bind this process's server to the loopback interface where its address is there; else warn who may reach it.
+
+    TensorFlow 2.15 listens on every interface, whatever TF_CONFIG says, and runs any graph that it is sent.
+    """
+    host, _, port = address.rpartition(":")
+    if host.strip("[]") not in ("localhost", "::1") and not host.startswith("127."):
+        logging.warning("port %s runs code for whoever reaches it, on every interface: use a private network", port)
+        return
+    bound = 0
+    for name in os.listdir("/proc/self/fd") if hasattr(socket, "SO_BINDTODEVICE") else ():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as each:  # most are no sockets
+            listens = each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listens and each.getsockname()[1] == int(port):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+                bound += 1
+    if not bound:
+        logging.warning("port %s can't be kept to the loopback interface: whoever reaches it can run code here", port)
 
 
 def _tpu(name: str) -> tf.distribute.Strategy:

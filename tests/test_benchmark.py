@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from configs import base, deit_tiny_flowers, quickstart
-from deit import errors, keras, rules
+from deit import checkpoint, errors, keras, rules
 from deit.data import sources
 from tests import photos
-from tools.benchmarks import data, peer, pillow_loader, pillow_recipe, teacher, update
+from tools.benchmarks import data, peer, pillow_loader, pillow_recipe, saving, teacher, update
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FULL = pillow_recipe.Recipe()
@@ -294,6 +294,48 @@ def test_a_configured_teacher_is_timed_beside_its_cache(tmp_path):
     assert "asked its teacher" not in done.stderr and found["bytes_per_position"] == 1
 
 
+def test_what_a_save_costs_is_snapshot_and_wait_and_the_loss_is_that_of_the_medians():
+    seconds = {
+        "never": [0.5, 0.4, 0.9], "each": [0.75, 0.6, 0.625], "snapshot": [0.01, 0.02, 0.04], "wait": [0.0, 0.3, 0.01],
+        "write": [0.2, 0.4, 0.3],
+    }  # fmt: skip
+    found = saving.summary(seconds, 16)
+    assert (found["stop_seconds"], found["stop_seconds_max"]) == pytest.approx((0.05, 0.32))
+    assert (found["snapshot_seconds"], found["wait_seconds"], found["write_seconds"]) == (0.02, 0.01, 0.3)
+    assert found["images_per_sec"] == pytest.approx({"never": 32.0, "each": 25.6})
+    run = {
+        "model": "deit", "data": "digits", "precision": "float32", "batch": 16, "directory": "/disk",
+        "bytes": 88_500_000, "tensors": 627, "every_updates": 50, "global_batch": 64,
+    }  # fmt: skip
+    text = "\n".join(saving.lines({**run, **found}))
+    for part in (
+        "updates of 16 images of digits; no teacher",
+        "88.5 MB, 627 tensors, written below /disk",
+        "0.0500 s median, 0.3200 s max; medians: snapshot 0.0200 s, wait for the save before 0.0100 s",
+        "0.3000 s median, until it is committed",
+        "32.00 images/s",
+        "25.60 images/s, 0.800 of that; an update takes +0.1250 s",
+        "every 50 updates of 64 images: +0.125% of the time",  # 0.125 s in 50 * 64 / 32 s
+    ):
+        assert part in text
+    assert "as configured" not in "\n".join(saving.lines({**run, **found, "every_updates": 0}))
+
+
+def test_real_updates_are_saved_one_by_one_and_the_newest_checkpoint_is_whole(tmp_path):
+    config = update.copy_of(small_config(), {"checkpoint.keep": 2})
+    source = sources.open_source(config.data, "train")
+    result = saving.measure(config, source, rounds=2, updates=2, directory=tmp_path)
+    counts = {name: len(each) for name, each in result["seconds"].items()}
+    assert counts == {"never": 2, "each": 2, "snapshot": 4, "wait": 4, "write": 4}
+    # A round is 1 + 2 updates that are not saved, one that is not timed, and 2 that are saved: 5 and 6, 11 and 12.
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoint.committed(tmp_path / "checkpoints")]
+    assert steps == [12, 11]
+    newest = tmp_path / "checkpoints" / checkpoint.name_of(12)
+    assert checkpoint.verify(newest) is None
+    assert result["bytes"] == sum(path.stat().st_size for path in newest.iterdir())
+    assert all(min(each) > 0 for each in result["seconds"].values())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -305,6 +347,13 @@ def test_a_configured_teacher_is_timed_beside_its_cache(tmp_path):
         (("data", "--timm_python=python3"), "--timm_python is compared with --peer only"),
         (("data", "--recipe=full"), "recipe"),
         (("teacher", "--config=configs/deit_tiny_flowers.py:scratch"), "distill.kind ('none')"),
+        (("workers", "--images=8"), "--images measures `data` and has no meaning for `workers`"),
+        (("workers", "--nostand_in"), "--stand_in chooses what `teacher` measures and has no meaning for `workers`"),
+        (("checkpoint", "--peer"), "--peer measures `data` and has no meaning for `checkpoint`"),
+        (("checkpoint", "--stand_in"), "--stand_in chooses what `teacher` measures and has no meaning"),
+        (("checkpoint", "--config.data.name=tfds:tf_flowers", "--config.data.data_dir=/nowhere"), "/nowhere"),
+        (("workers", "--config.data.name=tfds:tf_flowers", "--config.data.data_dir=/nowhere"), "/nowhere"),
+        (("workers", "checkpoint"), "'workers checkpoint' is no measurement"),
         (("data", "--config.data.name=folder:/nowhere/at/all"), "/nowhere/at/all"),
         (("data", "--config.data.name=tfds:tf_flowers", "--config.data.data_dir=/nowhere"), "/nowhere"),
     ],

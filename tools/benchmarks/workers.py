@@ -104,22 +104,14 @@ def _bytes(node) -> int:
 class Group:
     """Child processes that run `serve`; a context manager that leaves none behind."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        environments: Sequence[dict[str, str]],
-        cores: Sequence[Sequence[int]],
-        *,
-        names: Sequence[str],
-        patience: float = _PATIENCE,
-    ):
-        """Start one process for each of `environments` on its `cores`; TensorFlow takes as many threads."""
-        self._names, self._patience = names, patience
+    def __init__(self, command: Sequence[str], members: dict[str, tuple], *, patience: float = _PATIENCE):
+        """Start a process for each name of `members`: (variables, cores); TensorFlow takes as many threads as cores."""
+        self._names, self._patience = list(members), patience
         self._lines: queue.Queue[tuple[int, str]] = queue.Queue()  # (process, line); "" is its end
         self._processes: list[subprocess.Popen] = []
-        self._logs = [tempfile.TemporaryFile("w+", errors="replace") for _ in names]  # noqa: SIM115  closed at exit
-        for index, environment in enumerate(environments):
-            with _on(cores[index]):
+        self._logs = [tempfile.TemporaryFile("w+", errors="replace") for _ in members]  # noqa: SIM115  closed at exit
+        for index, (environment, cores) in enumerate(members.values()):
+            with _on(cores):
                 process = subprocess.Popen(
                     command, env=environment, text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._logs[index],
@@ -194,11 +186,12 @@ def measure(config, *, rounds: int, updates: int, command: Sequence[str], idle: 
     sent()  # says at once what is missing
     saving.warn_if_busy()
     first, second = shares(sorted(os.sched_getaffinity(0)))
-    one, *members = _environments()
+    own, *of_workers = _environments()
+    members = {f"worker {i}": each for i, each in enumerate(zip(of_workers, (first, second)))}
     found, silence = [], 0.0
     with (
-        Group(command, members, [first, second], names=("worker 0", "worker 1")) as pair,
-        Group(command, [one], [{*first, *second}], names=("the one process",)) as alone,
+        Group(command, members) as pair,
+        Group(command, {"the one process": (own, {*first, *second})}) as alone,
     ):
         for accum in ACCUM_STEPS:
             logging.info("accum_steps %d: start and one update of each, not timed", accum)
@@ -270,9 +263,9 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"without updates    {result['idle_bytes_per_sec']:,.0f} bytes/s on lo: heartbeats, and what others send",
     ]
     for each in result["settings"]:
-        accum, size, parameters = each["accum_steps"], each["bytes"], each["parameters"]
+        accum, size, parameters, wire = (each[name] for name in ("accum_steps", "bytes", "parameters", "wire_bytes"))
+        two, one, ratio = (each[name] for name in ("two_images_per_sec", "one_images_per_sec", "ratio"))
         rest = size - 4 * parameters
-        two, one, wire = each["two_images_per_sec"], each["one_images_per_sec"], each["wire_bytes"]
         count = f"{each['count']}, {each['in_loops']} in loops" if each["in_loops"] else each["count"]
         rows += [
             f"accum_steps {accum:<6} global_batch {each['global_batch']}; collectives an update: {count}",
@@ -280,7 +273,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"  on the wire      {wire:>13,.0f} bytes an update, {wire / (2 * size):.4f} of 2 x {size:,}: "
             f"in a ring of 2 each sends the vector once; {each['idle_share']:.2%} are sent without updates, too",
             f"  two workers      {two:>13.2f} images/s, accum_steps {accum}",
-            f"  one process      {one:>13.2f} images/s, accum_steps {2 * accum}; two workers: {each['ratio']:.3f} of it",
+            f"  one process      {one:>13.2f} images/s, accum_steps {2 * accum}; two workers: {ratio:.3f} of it",
         ]
     return rows
 
@@ -295,14 +288,11 @@ def sent() -> int:
     """Return the bytes sent over the loopback interface so far, by all processes. Errors: UserError."""
     try:
         return loopback_bytes(_COUNTERS.read_text())
-    except OSError as error:
-        raise errors.UserError(f"{_COUNTERS} must be readable to count bytes (Linux): {error.strerror}") from None
+    except (OSError, LookupError) as error:
+        raise errors.UserError(f"{_COUNTERS} must be there and count the bytes of lo (Linux): {error}") from None
 
 
 def loopback_bytes(text: str) -> int:
-    """Return what /proc/net/dev says that `lo` has sent. Errors: UserError where there is no lo."""
-    for line in text.splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == "lo":
-            return int(counters.split()[8])  # eight of receiving come first
-    raise errors.UserError(f"{_COUNTERS} must have the loopback interface lo to count bytes")
+    """Return what /proc/net/dev says that `lo` has sent. Errors: KeyError where it says nothing."""
+    rows = {name.strip(): counters.split() for name, _, counters in (line.partition(":") for line in text.splitlines())}
+    return int(rows["lo"][8])  # eight counters of receiving come first
