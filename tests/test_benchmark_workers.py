@@ -117,7 +117,7 @@ def test_the_lines_say_what_is_expected_and_what_is_set():
         "global_batch 64; collectives an update: 1\n",
         "1,420 bytes an update = 4 x 350 parameters + 20",
         "3,010 bytes an update, 1.0599 of 2 x 1,420:",
-        "0.30% are sent without updates",
+        "sends the vector once (idle traffic: 0.30%)",
         "32.00 images/s, accum_steps 16",
         "16.00 images/s, accum_steps 32; two workers: 2.000 of it",
     ):
@@ -166,6 +166,14 @@ def test_a_worker_that_ends_is_one_line_with_its_last_words_and_the_other_does_n
     ):
         pair.ask("open", 1)
     assert [process.returncode for process in pair._processes] == [-9, 1]
+
+
+def test_a_worker_that_is_killed_is_told_with_the_signal():
+    with (
+        pytest.raises(errors.UserError, match=r"^worker 0 was killed by signal 9: no message$"),
+        group({"worker 0": "input(); os.kill(os.getpid(), 9)"}) as killed,
+    ):
+        killed.ask("open", 1)
 
 
 def test_a_worker_that_does_not_answer_in_time_is_named():

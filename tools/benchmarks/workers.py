@@ -164,7 +164,8 @@ class Group:
         code = self._processes[index].wait()
         self._logs[index].seek(0)
         last = (self._logs[index].read().strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
-        return f"{self._names[index]} ended with exit code {code}: {last}"
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return f"{self._names[index]} {how}: {last}"
 
 
 @contextlib.contextmanager
@@ -271,7 +272,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"accum_steps {accum:<6} global_batch {each['global_batch']}; collectives an update: {count}",
             f"  in the graph     {size:>13,} bytes an update = 4 x {parameters:,} parameters + {rest:,}",
             f"  on the wire      {wire:>13,.0f} bytes an update, {wire / (2 * size):.4f} of 2 x {size:,}: "
-            f"in a ring of 2 each sends the vector once; {each['idle_share']:.2%} are sent without updates, too",
+            f"in a ring of 2 each sends the vector once (idle traffic: {each['idle_share']:.2%})",
             f"  two workers      {two:>13.2f} images/s, accum_steps {accum}",
             f"  one process      {one:>13.2f} images/s, accum_steps {2 * accum}; two workers: {ratio:.3f} of it",
         ]
