@@ -95,6 +95,7 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
                 run, state, step=step, resumed=newest is not None, teacher=teacher, taught=taught, versions=versions
             )
             at_exit.enter_context(record)
+        runtime.hold(strategy, iterator, update, check, record, teacher)
         if newest is not None:
             logging.info("continuing %s after update %d of %d", workdir, step, total)
         leaving = runtime.total(strategy, int(stop.requested)) > 0  # asked before there was anything to save
