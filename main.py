@@ -36,7 +36,9 @@ def main(_) -> int:
     rules.validate(config)
     workdir = run_directory.check_workdir(WORKDIR.value or cli.default_workdir(flags.FLAGS["config"].config_filename))
 
-    from deit import evaluate, plan, runtime, teachers  # TensorFlow is imported only now, and starts no device yet
+    import tensorflow as tf  # only now: a bad flag is answered in a second
+
+    from deit import evaluate, plan, runtime, signals, teachers
     from deit.models import factory
 
     if MODE.value == "eval":
@@ -50,25 +52,36 @@ def main(_) -> int:
     if MODE.value == "plan":
         print(plan.offline(config, replicas=runtime.replicas(config)))
         return runtime.DONE
-    return train(config, workdir, runtime.make_strategy(config))
+    try:
+        strategy = runtime.make_strategy(config)
+    except tf.errors.OpError as error:  # a peer that was there and is gone
+        cli.complain(f"the workers did not come together, start all again: {error}")
+        return runtime.PEER_LOST
+    place = runtime.place(strategy)
+    with signals.listening(alone=place.count == 1) as stop:  # at once: until now TensorFlow swallows SIGTERM
+        if place.count > 1:
+            logging.info("cluster of %d workers is up, this is worker %d", place.count, place.index)
+        return train(config, workdir, strategy, stop)
 
 
-def train(config, workdir: Path, strategy) -> int:
+def train(config, workdir: Path, strategy, stop) -> int:
     """Train in a workdir that the chief locks and makes, only once everything fits; a teacher to train comes first."""
-    from deit import guard, job, loop, plan, runtime, signals
+    from deit import guard, job, loop, plan, runtime
 
-    with signals.listening() as stop, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
         try:
             with runtime.chief_first(strategy):  # it may prepare the data
                 replicas = strategy.num_replicas_in_sync
                 student, teacher = job.prepare(config, workdir, replicas=replicas), None
                 if config.teacher.kind == "train":
                     teacher = job.prepare_teacher(student, replicas=replicas)
-            for each in filter(None, (student, teacher) if runtime.place(strategy).chief else ()):
-                held.enter_context(run_directory.lock(each.workdir))
-            if teacher is not None:  # told before an hour of its training
-                logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas))
-                logging.info("the teacher first, into %s", teacher.workdir)
+            chief = runtime.place(strategy).chief
+            for each in filter(None, (student, teacher) if chief else ()):
+                held.enter_context(run_directory.lock(each.workdir, patience=runtime.lock_patience()))
+            if teacher is not None:
+                if chief:  # told before an hour of the teacher's training
+                    logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas))
+                    logging.info("the teacher first, into %s", teacher.workdir)
                 loop.train(teacher, strategy=strategy, stop=stop)
             loop.train(student, strategy=strategy, stop=stop)
         except loop.Preempted as ended:

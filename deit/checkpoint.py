@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -143,6 +144,22 @@ def manifest(path: str | Path) -> dict:
         raise errors.UserError(f"checkpoint {path} is damaged: {reason}")
     with _readable(path):
         return _load_manifest(Path(path))
+
+
+def wait_for(workdir: str | Path, step: int, *, patience: float) -> Path:
+    """Return the checkpoint of `step` that another process has found, once this one sees it whole, too.
+
+    Errors: UserError where it does not within `patience` seconds.
+    """
+    path, until = Path(workdir) / "checkpoints" / name_of(step), time.monotonic() + patience
+    while (reason := verify(path)) is not None:
+        if time.monotonic() > until:
+            raise errors.UserError(
+                f"this worker does not see the chief's checkpoint {path} ({reason}): the workdir must be on a file "
+                "system that all workers share"
+            )
+        time.sleep(1.0)
+    return path
 
 
 def locate(path: str | Path) -> Path:

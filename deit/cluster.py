@@ -22,7 +22,7 @@ _UNSUPPORTED = {
     "ps": "this code has no parameter servers",
     "evaluator": "the workers evaluate themselves",
 }
-_BASE_PORT, _PORTS = 10_000, 20_000  # below 32768, where Linux begins to hand out ports of its own
+_BASE_PORT, _BLOCKS, _BLOCK = 10_000, 312, 64  # 64 ports a job; below 32768 Linux hands out no ports of its own
 _LARGEST = 65_536  # nodes, as many as Slurm takes in one bracket: a typing error is no reason to fill the memory
 
 
@@ -99,9 +99,10 @@ def from_environment(environment: Mapping[str, str]) -> Cluster | None:
 def from_slurm(environment: Mapping[str, str], *, port: int = 0) -> Cluster | None:
     """Return the cluster of a Slurm step whose tasks fill node after node, None outside a step.
 
-    A task listens on `port` (0 = 10000 + job id modulo 20000, so that a restart listens where it did before) plus its
-    position among the tasks of its node. A batch script is outside a step: it is no task. Errors: UserError where the
-    variables contradict each other, or another distribution of the tasks was asked for.
+    A task listens on `port` plus its position among the tasks of its node. 0 = 10000 + 64 * (job id modulo 312): a
+    restart listens where it did before, and jobs that share a node do not meet unless their ids are a multiple of 312
+    apart. A batch script is outside a step: it is no task. Errors: UserError where the variables contradict each
+    other, another distribution of the tasks was asked for, or a node has more than 64 tasks and no `port` is given.
     """
     if not any(environment.get(name) for name in ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS")):
         return None
@@ -134,7 +135,11 @@ def from_slurm(environment: Mapping[str, str], *, port: int = 0) -> Cluster | No
                 f"{name} ({environment[name]}) must be {expected} for task {index} where tasks fill node after node "
                 "(srun -m block)"
             )
-    base = port or _BASE_PORT + _number(environment, "SLURM_JOB_ID", "SLURM_JOBID")[1] % _PORTS
+    if not port and max(counts) > _BLOCK:
+        raise errors.UserError(
+            f"{counts_name} ({counts_text}) must be {_BLOCK} tasks a node at most, a port each, without --port"
+        )
+    base = port or _BASE_PORT + _number(environment, "SLURM_JOB_ID", "SLURM_JOBID")[1] % _BLOCKS * _BLOCK
     if not 0 < base <= 65_536 - max(counts):
         raise errors.UserError(f"port ({port}) must be 1 to {65_536 - max(counts)}: {max(counts)} tasks share a node")
     workers = tuple(f"{nodes[node]}:{base + local}" for node, local in places)

@@ -5,6 +5,7 @@ workdir of another configuration, of another teacher or of other random draws is
 """
 
 import dataclasses
+import json
 import platform
 from pathlib import Path
 
@@ -98,9 +99,24 @@ def prepare_teacher(student: Job, *, replicas: int) -> Job:
 
 
 def write_config(config, workdir: Path) -> None:
-    """Write config.json, whole or not at all."""
-    run_directory.write(workdir / "config.json", configuration.to_json(config).encode())
-    run_directory.sync_directory(workdir)
+    """Write config.json, whole or not at all. Errors: UserError where it can't be written."""
+    try:
+        run_directory.write(workdir / "config.json", configuration.to_json(config).encode())
+        run_directory.sync_directory(workdir)
+    except OSError as error:
+        raise errors.UserError(f"{workdir / 'config.json'} can't be written: {error.strerror or error}") from error
+
+
+# What each machine may have its own of: where things lie, how many threads.
+_OWN = ("data.data_dir", "data.threads", "teacher.cache_dir", "startup_seconds")
+
+
+def fingerprint(run: Job) -> str:
+    """Return what all workers of a run must have alike: its configuration and which examples there are."""
+    fields = {name: str(value) for name, value in configuration.flatten(run.config) if name not in _OWN}
+    count = len(run.train_source)
+    names = [run.train_source.name(index) for index in range(0, count, max(1, count // 64))]
+    return json.dumps([fields, names], sort_keys=True)
 
 
 def check_versions(before: dict[str, str], now: dict[str, str], workdir: Path) -> None:

@@ -18,6 +18,7 @@ from deit.models import factory
 from deit.teachers import labeller
 from deit.teachers import report as teacher_report
 
+_PATIENCE = 90.0  # seconds until a network disk has shown every worker what the chief sees
 _STOP = train_step.METRICS.index("stop")
 
 
@@ -43,8 +44,9 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
     place, stop = runtime.place(strategy), stop or signals.Stop()
     job.check_workdir(config, workdir)  # again: another process may have written it before it was locked
     total = config.resolved.total_updates
+    runtime.agree(strategy, job.fingerprint(run), "configuration or data")
     newest = resume_point(workdir, strategy)
-    if newest is not None and checkpoint.manifest(newest)["step"] >= total:
+    if newest is not None and checkpoint.step_of(newest) >= total:
         return finished(newest, workdir)
 
     # --- Teacher, student and the state of the run --------------------------------------------------------
@@ -60,11 +62,12 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
             precision=config.precision,
         )
         state = train_step.create_state(config, network)
+        versions = job.versions(teacher)
         if newest is not None:
-            train_step.restore(state, checkpoint.read(newest)[0])
-    versions = job.versions(teacher)
-    if newest is not None:
-        job.check_versions(checkpoint.manifest(newest)["versions"], versions, workdir)
+            tensors, manifest = checkpoint.read(newest)
+            job.check_versions(manifest["versions"], versions, workdir)
+            train_step.restore(state, tensors)
+    runtime.agree(strategy, versions["teacher"], "the teacher that they find")
     step = int(state.step.numpy())
     if place.chief:
         taught_by = teacher.describe() if teacher is not None else "none"
@@ -89,13 +92,13 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
     lost = unreadable.Unreadable(run.train_source, config)
     learning_rate = state.optimizer.learning_rate_at
     with contextlib.ExitStack() as at_exit:
+        at_exit.enter_context(stop.training())
         record = None
         if place.chief:
             record = recorder.Recorder(
                 run, state, step=step, resumed=newest is not None, teacher=teacher, taught=taught, versions=versions
             )
             at_exit.enter_context(record)
-        runtime.hold(strategy, iterator, update, check, record, teacher)
         if newest is not None:
             logging.info("continuing %s after update %d of %d", workdir, step, total)
         leaving = runtime.total(strategy, int(stop.requested)) > 0  # asked before there was anything to save
@@ -130,10 +133,10 @@ def resume_point(workdir: Path, strategy: tf.distribute.Strategy) -> Path | None
     """
     if runtime.place(strategy).chief:
         newest = checkpoint.newest(workdir, set_aside=True)
-        runtime.from_chief(strategy, -1 if newest is None else checkpoint.manifest(newest)["step"])
+        runtime.from_chief(strategy, -1 if newest is None else checkpoint.step_of(newest))
         return newest
     step = runtime.from_chief(strategy, 0)
-    return None if step < 0 else checkpoint.locate(workdir / "checkpoints" / checkpoint.name_of(step))
+    return None if step < 0 else checkpoint.wait_for(workdir, step, patience=_PATIENCE)
 
 
 def finished(newest: Path, workdir: Path) -> Result:

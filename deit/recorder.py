@@ -101,6 +101,7 @@ class Recorder:
         if reason:
             self._saver.fail(step, reason)
         else:
+            self._saver.settle()  # the save before: two snapshots at once would be two states in memory
             self._saver.save(step, train_step.snapshot(self._state), metrics=self.metrics)
         self._saved_at = time.monotonic()
 

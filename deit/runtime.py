@@ -9,11 +9,13 @@ A process that waits in vain for the others to start, or loses one, ends by itse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import platform
 import re
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,9 @@ _LOST = (
     tf.errors.DeadlineExceededError,
 )
 _PORT_PATIENCE = 30.0  # seconds a process waits for its port: one that was just killed may still hold it
+
+
+_CLUSTER: list[cluster.Cluster] = []  # that this process belongs to, once it has begun to
 
 
 def prepare(precision: str, *, logical_cpus: int = 1) -> None:
@@ -88,7 +93,7 @@ def _devices() -> tuple[str, list]:
 
 
 def replicas(config) -> int:
-    """Return on how many devices a configuration would run here, without starting it: for a plan."""
+    """Return on how many devices a configuration would run here, for a plan: it waits for no other worker."""
     workers = cluster.from_environment(os.environ)
     if config.strategy in ("auto", "multi_worker") and workers is not None:
         return workers.size
@@ -106,10 +111,10 @@ def _multi_worker(workers: cluster.Cluster, startup_seconds: float) -> tf.distri
         workers.index, workers.size, workers.address, startup_seconds,
     )  # fmt: skip
     tf.get_logger().setLevel("WARNING")  # it tells devices and options in five lines
+    _CLUSTER.append(workers)
     with _deadline(startup_seconds):
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     _keep_to_its_interface(workers.address)
-    logging.info("cluster of %d workers is up, this is worker %d", workers.size, workers.index)
     return strategy
 
 
@@ -136,8 +141,7 @@ def _wait_for_port(address: str) -> None:
     until, told = time.monotonic() + _PORT_PATIENCE, False
     while True:
         try:
-            family, *_ = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
+            with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("", int(port)))  # TensorFlow listens on every interface, whatever the address says
             return
@@ -150,10 +154,18 @@ def _wait_for_port(address: str) -> None:
             time.sleep(0.5)
 
 
+def _family(host: str) -> int:
+    try:
+        return socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0][0]
+    except socket.gaierror:  # a name that a cluster's DNS learns only once its process is there
+        return socket.AF_INET
+
+
 def _keep_to_its_interface(address: str) -> None:
     """Bind this process's server to the loopback interface where its address is there; else warn who may reach it.
 
-    TensorFlow 2.15 listens on every interface, whatever TF_CONFIG says, and runs any graph that it is sent.
+    TensorFlow 2.15 listens on every interface, whatever TF_CONFIG says, and runs any graph that it is sent: until the
+    cluster is up the port is open.
     """
     host, _, port = address.rpartition(":")
     if host.strip("[]") not in ("localhost", "::1") and not host.startswith("127."):
@@ -161,11 +173,14 @@ def _keep_to_its_interface(address: str) -> None:
         return
     bound = 0
     for name in os.listdir("/proc/self/fd") if hasattr(socket, "SO_BINDTODEVICE") else ():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as each:  # most are no sockets
-            listens = each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if listens and each.getsockname()[1] == int(port):
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
-                bound += 1
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as each:
+                listens = each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if listens and each.getsockname()[1] == int(port):
+                    each.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+                    bound += 1
     if not bound:
         logging.warning("port %s can't be kept to the loopback interface: whoever reaches it can run code here", port)
 
@@ -175,10 +190,13 @@ def _tpu(name: str) -> tf.distribute.Strategy:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
-        return tf.distribute.TPUStrategy(resolver)
+        strategy = tf.distribute.TPUStrategy(resolver)
     except (ValueError, OSError, RuntimeError, tf.errors.OpError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise errors.UserError(f"strategy ('tpu'): no TPU found as tpu ({name!r}): {line}") from error
+    if strategy.extended.num_hosts > 1:
+        raise errors.UserError(f"tpu ({name!r}) has {strategy.extended.num_hosts} hosts: only one host is supported")
+    return strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,25 +264,30 @@ def chief_first(strategy: tf.distribute.Strategy) -> Iterator[None]:
         barrier(strategy)
 
 
-_HELD: list = []
-
-
-def hold(strategy: tf.distribute.Strategy, *objects) -> None:
-    """Keep what one of several workers computes with until the next call: its process can end without releasing it.
-
-    TensorFlow takes functions and iterators back from all workers (2.15): where one has left, that takes 10 to 40 s.
-    """
-    _HELD[:] = objects if place(strategy).count > 1 else ()
+def agree(strategy: tf.distribute.Strategy, text: str, what: str) -> None:
+    """Raise UserError in every process where one has another `text` than the chief: it would compute another thing."""
+    own = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    if total(strategy, int(own != from_chief(strategy, own))):
+        raise errors.UserError(
+            f"the workers of this run differ in {what}: start them with the same command on the same data"
+        )
 
 
 def lost_peer(error: BaseException, strategy: tf.distribute.Strategy) -> str:
     """Return what an error says of another process of the run that is gone; "" where it is about something else."""
     if place(strategy).count == 1 or not isinstance(error, tf.errors.OpError):
         return ""
+    if re.search(r"Shape mismatch in the collective|Collective instance .* expected", str(error)):
+        return ""  # they are all there, and do not compute the same thing: a restart would not help
     told = re.search(r"Collective ops is aborted by: *([^\n]*)", str(error))
     if told is None and not isinstance(error, _LOST):
         return ""
     return told[1] if told else str(error).strip().partition("\n")[0]
+
+
+def lock_patience() -> float:
+    """Return the seconds to wait for a workdir: in a cluster a dead chief's lock may outlive it on a network disk."""
+    return 120.0 if _CLUSTER else 0.0
 
 
 def leave(code: int) -> None:
@@ -272,7 +295,7 @@ def leave(code: int) -> None:
 
     The orderly end of a runtime whose peers are gone waits for them or aborts in C++ (TensorFlow 2.15).
     """
-    if cluster.from_environment(os.environ) is None:
+    if not _CLUSTER:
         sys.exit(code)
     logging.flush()
     sys.stdout.flush()
@@ -287,6 +310,8 @@ def device_kind(strategy: tf.distribute.Strategy) -> str:
     decides how sums are cut where oneDNN is off, and so do the variables that switch oneDNN.
     """
     kind = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type
+    if kind == "TPU":
+        return f"TPU of {strategy.num_replicas_in_sync} cores, {_cpu()}"
     if kind != "GPU":
         switches = [f"{name}={os.environ[name]}" for name in _ONEDNN if name in os.environ]
         return ", ".join([_cpu(), f"{len(os.sched_getaffinity(0))} cores", *switches])

@@ -75,7 +75,7 @@ class Saver:
         `tensors` are the caller's snapshot: they must not change until the save is joined. Errors: UserError after
         `max_failed` failures in a row; whatever else the save before met that is no fault of the disk.
         """
-        self._settle()
+        self.settle()
         # Not a daemon: an interpreter that ends while a save is under way finishes it.
         self._thread = threading.Thread(target=self._run, args=(step, tensors, metrics), name=f"save-{step}")
         self._thread.start()
@@ -85,9 +85,9 @@ class Saver:
 
         Errors: as `save`; UserError also when this one is the last that `max_failed` allows.
         """
-        self._settle()
+        self.settle()
         self._note(step, reason, _FREE)
-        self._settle()
+        self.settle()
 
     def wait(self) -> None:
         """Wait for the save under way and raise nothing: for unwinding, when another error is on its way."""
@@ -109,8 +109,8 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _settle(self) -> None:
-        """Join the save before and raise what it has to say."""
+    def settle(self) -> None:
+        """Wait for the save under way. Errors: what it has to say, as `save` has them."""
         self._join()
         self._raise_bug()
         if 0 < self._max_failed <= self.failed_in_row:

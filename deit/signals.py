@@ -1,7 +1,9 @@
 """A request to stop: SIGTERM (preemption, a scheduler) or SIGINT (Ctrl-C), noticed at once, obeyed after an update.
 
 Promises: the first signal is a request, the second is ignored with a line while the run is saved, the third ends the
-process with 128 + its number. A line is logged when the signal comes, also while the main thread computes.
+process with 128 + its number. A line is logged when the signal comes, also while the main thread computes. While there
+is nothing to save (data is prepared, the teacher measured), the first ends a process that is alone at once, with 42;
+one of several waits until all can stop together.
 
 Listen only after the strategy was made: MultiWorkerMirroredStrategy replaces the handler of SIGTERM in C++ and keeps
 it (TensorFlow 2.15, preemption_notifier.cc), and a Python handler that is older never runs again.
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
+_PREEMPTED = 42  # exit code
 _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -26,15 +29,28 @@ class Stop:
       requested: True from the first signal on.
     """
 
-    def __init__(self):
+    def __init__(self, *, alone: bool = False):
         self.requested = False
-        self._count = 0
+        self._alone, self._training, self._count = alone, False, 0
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """For the block there is a loop that asks `requested` after every update, and something to save."""
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
 
     def receive(self, number: int) -> None:
         """Take one signal."""
         self._count += 1
         name = signal.Signals(number).name
-        if self._count == 1:
+        if self._count == 1 and self._alone and not self._training:
+            logging.warning("%s: nothing is there to be saved, the same command continues", name)
+            logging.flush()
+            os._exit(_PREEMPTED)
+        elif self._count == 1:
             self.requested = True
             logging.warning("%s: the run is saved after the update under way, then it ends with exit code 42", name)
         elif self._count == 2:
@@ -46,9 +62,9 @@ class Stop:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
-    """Watch SIGTERM and SIGINT for the block; call it in the main thread."""
-    stop = Stop()
+def listening(*, alone: bool) -> Iterator[Stop]:
+    """Watch SIGTERM and SIGINT for the block; call it in the main thread. `alone`: no other process takes part."""
+    stop = Stop(alone=alone)
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     # Python runs a handler between two bytecodes of the main thread, which may be in TensorFlow for a minute. Through

@@ -5,9 +5,12 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from absl import logging
 
 from deit import errors
 
@@ -27,9 +30,10 @@ def check_workdir(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def lock(workdir: str | Path) -> Iterator[None]:
+def lock(workdir: str | Path, *, patience: float = 0.0) -> Iterator[None]:
     """Hold the run directory, made where it is missing, for the block; a dead process holds nothing.
 
+    `patience`: seconds to wait for another process that holds it.
     Errors: UserError where another process holds it, it can't be written, or it is a URL.
     """
     path = check_workdir(workdir) / ".lock"
@@ -39,18 +43,30 @@ def lock(workdir: str | Path) -> Iterator[None]:
     except OSError as error:
         raise errors.UserError(f"workdir ({workdir}) must be a writable directory: {error.strerror}") from error
     with handle:
+        _take(handle, workdir, patience)
+        with contextlib.suppress(OSError):  # a full disk: the lock is the lock, the number only tells whose
+            handle.truncate(0)
+            handle.write(f"{os.getpid()}\n")
+            handle.flush()
+        yield
+
+
+def _take(handle, workdir: str | Path, patience: float) -> None:
+    until, told = time.monotonic() + patience, False
+    while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            owner = handle.read(20).strip() or "unknown"
-            raise errors.UserError(f"workdir ({workdir}) is in use by another process (pid {owner})") from None
+            text = f"workdir ({workdir}) is in use by another process (pid {handle.read(20).strip() or 'unknown'})"
+            if time.monotonic() >= until:
+                raise errors.UserError(text) from None
         except OSError as error:
             raise errors.UserError(f"workdir ({workdir}) can't be locked: {error.strerror}") from error
-        handle.truncate(0)
-        handle.write(f"{os.getpid()}\n")
-        handle.flush()
-        yield
+        if not told:
+            logging.warning("%s; waiting for it, at most %.0f s", text, patience)
+        told = True
+        time.sleep(0.5)
 
 
 def write(path: Path, data: bytes) -> None:

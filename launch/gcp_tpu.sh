@@ -22,8 +22,9 @@ run=''
 for word in "$@"; do
     case $word in --workdir=*) run=${word#--workdir=} ;; esac
 done
+run=${run%/}
 case $run in
-    runs/*) ;;
+    runs/?*) ;;
     *) echo "error: --workdir ($run) must be runs/RUN: it is copied from the VM and back" >&2 && exit 1 ;;
 esac
 
@@ -31,6 +32,13 @@ cd "$(dirname "$0")/.."
 tpu=(gcloud compute tpus tpu-vm)
 remote() { "${tpu[@]}" ssh "$name" --zone="$zone" --command="$1"; }
 send() { "${tpu[@]}" scp "$1" "$name:$2" --zone="$zone"; }
+# Whether a command succeeds on the VM, as a word: an exit code may be that of gcloud or ssh. No word, no answer.
+ask() {
+    local word
+    word=$(remote "if $1 >/dev/null; then echo yes; else echo no; fi") || return
+    word=${word##*[[:space:]]}
+    case $word in yes | no) echo "$word" ;; *) return 1 ;; esac
+}
 
 # 1. The VM, unless it is there. One that was taken away (SPOT=1) is still listed.
 state() { "${tpu[@]}" describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null || true; }
@@ -41,25 +49,33 @@ if [ -z "$(state)" ]; then
     "${tpu[@]}" create "$name" --zone="$zone" --accelerator-type="$accelerator" --version="$version" ${SPOT:+--spot}
 fi
 
-# 2. The committed files, and what there is of the run: a preempted VM is gone with its disk.
 packed=$(mktemp -d)
 trap 'rm -rf "$packed"' EXIT
-git archive --format=tar.gz --output="$packed/code.tar.gz" HEAD
-send "$packed/code.tar.gz" code.tar.gz
-remote 'mkdir -p deit && tar -xzf code.tar.gz -C deit'
-if [ -d "$run" ] && ! remote "test -d deit/$(printf %q "$run")"; then
-    tar -czf "$packed/run.tar.gz" "$run"
-    send "$packed/run.tar.gz" run.tar.gz
-    remote 'tar -xzf run.tar.gz -C deit'
-fi
+on_vm=deit/$(printf %q "$run")
+[ -d "$run" ] || [ ! -d "$run.fetch-old" ] || mv "$run.fetch-old" "$run" # ended between the two mv of fetch
 
-# 3. The packages, beside the TensorFlow of the VM. VMs before Ubuntu 22.04 have no Python 3.10.
-remote 'cd deit && sudo apt-get install -y -q python3-venv && python3 -m venv --system-site-packages .venv &&
-    .venv/bin/pip install -q --constraint constraints.txt --upgrade pip setuptools wheel &&
-    .venv/bin/pip install -q --constraint constraints.txt --no-build-isolation --editable .'
+begin() {
+    # 2. The committed files, and what there is of the run: a preempted VM is gone with its disk.
+    local there
+    git archive --format=tar.gz --output="$packed/code.tar.gz" HEAD
+    send "$packed/code.tar.gz" code.tar.gz
+    remote 'mkdir -p deit && tar -xzf code.tar.gz -C deit'
+    if [ -d "$run" ]; then
+        there=$(ask "test -d $on_vm")
+        if [ "$there" = no ]; then
+            tar -czf "$packed/run.tar.gz" -C "$run" .
+            send "$packed/run.tar.gz" run.tar.gz
+            remote "rm -rf sent && mkdir -p sent \$(dirname $on_vm) && tar -xzf run.tar.gz -C sent && mv sent $on_vm"
+        fi
+    fi
 
-# 4. The run: in the background of the VM, so that a broken connection does not end it. Exit codes as in main.py.
-cat >"$packed/run.sh" <<LOOP
+    # 3. The packages, beside the TensorFlow of the VM. VMs before Ubuntu 22.04 have no Python 3.10.
+    remote 'cd deit && sudo apt-get install -y -q python3-venv && python3 -m venv --system-site-packages .venv &&
+        .venv/bin/pip install -q --constraint constraints.txt --upgrade pip setuptools wheel &&
+        .venv/bin/pip install -q --constraint constraints.txt --no-build-isolation --editable .'
+
+    # 4. The run: in the background of the VM, so that a broken connection does not end it. Exit codes as in main.py.
+    cat >"$packed/run.sh" <<LOOP
 #!/usr/bin/env bash
 cd ~/deit
 for start in \$(seq 100); do
@@ -70,27 +86,44 @@ for start in \$(seq 100); do
 done
 echo "\$code" >exit-code
 LOOP
-printf '#!/usr/bin/env bash\ncd ~/deit && exec .venv/bin/tensorboard --logdir runs\n' >"$packed/watch.sh"
-send "$packed/run.sh" deit/run.sh
-send "$packed/watch.sh" deit/watch.sh
-remote 'cd deit && chmod +x run.sh watch.sh && if pgrep -f "[m]ain.py --config" >/dev/null; then echo "already running";
-    else rm -f exit-code && (nohup setsid ./run.sh >>run.log 2>&1 </dev/null &); fi'
-
-# 5. Every ten minutes the run comes here, so that a lost VM costs no more; Ctrl-C ends this part, not the run.
-fetch() { # tar ends with 1 where a file grew meanwhile
-    local pack="tar -czf run.tar.gz --exclude='tmp-*' $(printf %q "$run")"
-    remote "cd deit && { $pack || [ \$? = 1 ]; } && tail -n 3 run.log" &&
-        "${tpu[@]}" scp "$name:deit/run.tar.gz" "$packed/back.tar.gz" --zone="$zone" && tar -xzf "$packed/back.tar.gz"
+    printf '#!/usr/bin/env bash\ncd ~/deit && exec .venv/bin/tensorboard --logdir runs\n' >"$packed/watch.sh"
+    send "$packed/run.sh" deit/run.sh
+    send "$packed/watch.sh" deit/watch.sh
+    remote 'cd deit && chmod +x run.sh watch.sh && rm -f exit-code &&
+        (nohup setsid ./run.sh >>run.log 2>&1 </dev/null &)'
 }
-until remote 'test -f deit/exit-code'; do
+
+# A run under way is left alone, and so is its code. The pattern is the whole command line, so it can't find this one.
+running=$(ask 'pgrep -fx "bash [.]/run[.]sh"')
+if [ "$running" = yes ]; then
+    echo "already running"
+else
+    begin "$@"
+fi
+
+# 5. Every ten minutes the run comes here, so that a lost VM costs no more; Ctrl-C ends this part, not the run. The copy
+# is replaced once the new one is whole: what the run has removed goes here, too.
+fetch() { # tar ends with 1 where a file grew meanwhile
+    local pack="tar -czf run.tar.gz --exclude='tmp-*' -C ${on_vm#deit/} ."
+    remote "cd deit && { $pack || [ \$? = 1 ]; } && tail -n 3 run.log" &&
+        "${tpu[@]}" scp "$name:deit/run.tar.gz" "$packed/back.tar.gz" --zone="$zone" &&
+        rm -rf "$run.fetch-new" "$run.fetch-old" && mkdir -p "$run.fetch-new" &&
+        tar -xzf "$packed/back.tar.gz" -C "$run.fetch-new" &&
+        { [ ! -d "$run" ] || mv "$run" "$run.fetch-old"; } && mv "$run.fetch-new" "$run" && rm -rf "$run.fetch-old"
+}
+fetched=$SECONDS
+until [ "$(ask 'test -f deit/exit-code')" = yes ]; do
     case $(state) in
         READY) ;;
         *) echo "error: $name is no longer there: the same command goes on from the copy in $run" >&2 && exit 3 ;;
     esac
-    sleep 600
-    fetch || echo "not fetched: trying again in ten minutes" >&2
+    sleep 20
+    if [ $((SECONDS - fetched)) -ge 600 ]; then
+        fetch || echo "not fetched: trying again in ten minutes" >&2
+        fetched=$SECONDS
+    fi
 done
-fetch
+fetch || echo "not fetched: the run is still in $on_vm of $name, if it has come so far" >&2
 code=$(remote 'cat deit/exit-code')
 echo "main.py ended with exit code $code; the VM still costs: ${tpu[*]} delete $name --zone=$zone"
 exit "$code"

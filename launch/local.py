@@ -4,6 +4,7 @@ Needs:  the environment of main.py and free ports of 127.0.0.1; with a list in C
 Starts: python launch/local.py -n 2 -- --config=configs/FILE.py [main.py's flags ...], each worker with its TF_CONFIG.
 Resume: the same command goes on from the newest checkpoint; after a crash or a preemption the supervisor does it.
 Watch:  worker 0's lines and every warning here, all lines in WORKDIR/logs/worker-N.log; `--verbose` shows all here.
+        They are made before main.py checks its flags: after a mistyped one, a new WORKDIR has nothing but logs.
 Stop:   Ctrl-C or SIGTERM: the workers save and end, nothing is restarted. A third signal kills them.
 """
 
@@ -13,6 +14,7 @@ import errno
 import itertools
 import math
 import os
+import random
 import signal
 import socket
 import sys
@@ -28,6 +30,7 @@ from launch import supervisor
 
 HOST = "127.0.0.1"
 _LAST_PORT = 65535
+_OWN_PORTS = range(20_000, 32_000)  # not from 32768 on: any outgoing connection may take one before its worker does
 _MAX_PAUSE = 60.0  # s between two starts
 _DEFAULT_CONFIG = "configs/quickstart.py"  # main.py's
 
@@ -71,9 +74,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("-n", "--workers", type=_whole(1), required=True, metavar="N", help="processes to start; 1 has no TF_CONFIG")
-    ports = "first of N ports, those in use are passed over; 0: free ones, anew at each start (default: 0)"
+    own = f"any from {_OWN_PORTS[0]} to {_OWN_PORTS[-1]}, anew at each start"
+    ports = f"first of N ports, those in use are passed over; 0: {own} (default: 0)"
     add("--port", type=_whole(0, _LAST_PORT), default=0, metavar="BASE", help=ports)
-    restarts = "restarts in a row without a new checkpoint before giving up (default: 5)"
+    restarts = "restarts in a row without a new checkpoint before giving up; 0: never restart (default: 5)"
     add("--max-restarts", type=_whole(0), default=5, metavar="K", help=restarts)
     startup = "seconds until all workers must be up (default: 600)"
     add("--startup", type=_seconds, default=600.0, metavar="S", help=startup)
@@ -106,7 +110,9 @@ def keep_going(group: supervisor.Supervisor, workdir: Path, *, max_restarts: int
             fruitless, pause = 0, backoff
         if not group.signals:
             if fruitless >= max_restarts:
-                group.log(f"error: no new checkpoint in {fruitless} restarts, giving up: {last_words(workers)}")
+                capped = f"no new checkpoint in {fruitless} restarts, giving up"
+                why = capped if max_restarts else "restarts are off (--max-restarts 0)"
+                group.log(f"error: {why}: {last_words(workers)}")
                 return supervisor.PEER_LOST
             fruitless += 1
             group.log(f"restart in {pause:g} s, {fruitless} of at most {max_restarts} since the newest checkpoint")
@@ -202,14 +208,12 @@ def devices(workers: int) -> list[dict[str, str]]:
 
 
 def free_ports(number: int, base: int, log: Callable[[str], None]) -> list[int]:
-    """Return different free ports, the lowest from `base` on, or the system's choice for 0. Errors: UserError."""
-    ports = []
-    with contextlib.ExitStack() as held:  # each is kept until all are found: the system gives none twice
-        candidates = range(base, _LAST_PORT + 1) if base else iter(int, 1)
-        for port in candidates:
-            if len(ports) == number:
-                break
-            probe = held.enter_context(socket.socket())
+    """Return different free ports, the lowest from `base` on, or random ones for 0. Errors: UserError."""
+    ports, allowed = [], range(base, _LAST_PORT + 1) if base else _OWN_PORTS
+    for port in allowed if base else random.SystemRandom().sample(allowed, len(allowed)):
+        if len(ports) == number:
+            break
+        with socket.socket() as probe:
             if base:  # as gRPC does: closed connections of an earlier start, not forgotten yet, are no obstacle
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -217,11 +221,12 @@ def free_ports(number: int, base: int, log: Callable[[str], None]) -> list[int]:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise errors.UserError(f"--port ({port}) can't be used: {error.strerror}") from error
-                log(f"port {port} is in use, passed over")
+                if base:
+                    log(f"port {port} is in use, passed over")
             else:
-                ports.append(probe.getsockname()[1])
+                ports.append(port)
     if len(ports) < number:
-        raise errors.UserError(f"--port ({base}) must leave room for {number} free ports up to {_LAST_PORT}")
+        raise errors.UserError(f"--port ({base}) must leave room for {number} free ports up to {allowed[-1]}")
     return ports
 
 

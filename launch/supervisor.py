@@ -4,6 +4,7 @@ A thread a worker reads its lines, another waits for its end. They, and signals,
 of `run_once` takes them one by one and alone decides, so no state needs a lock.
 """
 
+import collections
 import contextlib
 import itertools
 import os
@@ -25,6 +26,7 @@ _MEANING = {
     PREEMPTED: "preempted after saving",
 }
 LINGER = 15.0  # s in which the peers of a dead or preempted worker end by themselves: a heartbeat takes nine
+_TAIL = 10  # lines of a failed worker to show: what says why may be no line with "error:"
 _DRAIN = 2.0  # s to read what an ended worker left in its pipe; a stray child of its may hold the pipe open for ever
 
 # Run beside the supervisor: its input ends when the supervisor does, however it died, and then nothing may be left
@@ -84,6 +86,7 @@ class Worker:
         self.index, self.log = index, log
         self.up = self.stopped = False  # stopped: told to end by the supervisor
         self.code: int | None = None
+        self.unshown = collections.deque(maxlen=_TAIL)  # its last lines that are only in its log
         self._file = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  the reader thread closes it
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -98,10 +101,10 @@ class Worker:
         threading.Thread(target=self._wait, args=(on_end, reader), daemon=True).start()
 
     def term(self) -> None:
-        """Ask it once to save and end; one that starts up sits in C++ and would not hear it, so it is killed."""
+        """Ask it to save and end; one that starts up sits in C++ and would not hear it, so it is killed."""
         if not self.up:
             self.kill()
-        elif self.code is None and not self.stopped:
+        elif self.code is None:
             self.stopped = True
             self.process.send_signal(signal.SIGTERM)
 
@@ -218,6 +221,8 @@ class Supervisor:
         """Show a line, in the worker's thread; all of them are in its log."""
         if self._verbose or worker.index == 0 or "warning:" in text or "error:" in text:
             self._say(f"[{worker.index}] {text}")
+        else:
+            worker.unshown.append(text)
         if not worker.up and says_up(text, self._count):
             self._events.put((self._on_up, worker))
 
@@ -232,6 +237,8 @@ class Supervisor:
         worker.code = code
         self._tell_guard(worker)
         self.log(explain(worker.index, code))
+        for text in list(worker.unshown) if is_error(code) else ():
+            self._say(f"[{worker.index}] {text}")
         if self._overdue == self._kill_rest:
             return
         linger = time.monotonic() + self._linger(code)
@@ -260,11 +267,14 @@ class Supervisor:
         self._kill_rest()
 
     def _end_rest(self, why: str = "ending the rest") -> None:
-        """TERM, and KILL once the grace is over."""
-        told = [f"{'TERM' if each.up else 'KILL (still starting)'} to worker {each.index}" for each in self._alive()]
-        self.log(f"{why}: {', '.join(told) or 'no worker is running'}")
-        for worker in self._alive():
-            worker.term()
+        """TERM, and KILL once the grace is over; a worker that was told before is not told again."""
+        alive = self._alive()
+        words = [f"{'TERM' if each.up else 'KILL (still starting)'} to worker {each.index}" for each in alive]
+        words = [f"worker {each.index} was told before" if each.stopped else word for each, word in zip(alive, words)]
+        self.log(f"{why}: {', '.join(words) or 'no worker is running'}")
+        for worker in alive:
+            if not worker.stopped:
+                worker.term()
         if self._overdue != self._kill_rest:
             # A worker whose peer is gone has nothing to save: if it does not end now, it hangs.
             self._set_deadline(self._grace if self.signals else min(self._grace, LINGER), self._kill_rest)

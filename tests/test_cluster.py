@@ -98,6 +98,37 @@ def test_sigterm_to_one_worker_saves_and_ends_both_at_the_same_update_and_the_ru
     assert runs.final(workdir) == undisturbed
 
 
+def test_workers_that_were_started_with_different_commands_refuse_each_other(tmp_path):
+    ports, workdir = runs.free_ports(2), f"--workdir={tmp_path / 'run'}"
+    chief = runs.worker(0, ports, *FLAGS, workdir)
+    other = runs.worker(1, ports, *FLAGS, "--config.optim.peak_lr=0.5", workdir)
+    with chief, other:
+        assert (chief.code(), other.code()) == (1, 1)
+        for each in (chief, other):
+            assert "error: the workers of this run differ in configuration or data" in each.output()
+
+
+def test_a_backbone_with_statistics_trains_in_two_workers_and_goes_on_to_the_same_bits(tmp_path):
+    flags = [
+        f"--config={runs.ROOT / 'configs'}/quickstart.py:scratch", "--config.model.variant=backbone",
+        "--config.model.backbone=MobileNet", "--config.model.weights=none", "--config.global_batch=32",
+        "--config.micro_batch=16", "--config.total_updates=4", "--config.checkpoint.every_updates=1",
+        "--config.eval.every_updates=0",
+    ]  # fmt: skip
+    for name in ("whole", "stopped"):
+        group = runs.workers(2, *flags, f"--workdir={tmp_path / name}")
+        with group[0], group[1]:
+            if name == "stopped":
+                group[0].wait_for(r"update 2/")
+                group[1].send(signal.SIGTERM)
+            codes = [each.code() for each in group]
+            assert codes in ([0, 0], [42, 42]), group[0].output() + group[1].output()
+    group = runs.workers(2, *flags, f"--workdir={tmp_path / 'stopped'}")
+    with group[0], group[1]:
+        assert [each.code() for each in group] == [0, 0], group[0].output() + group[1].output()
+    assert runs.final(tmp_path / "whole") == runs.final(tmp_path / "stopped")
+
+
 def test_a_worker_that_waits_in_vain_ends_by_itself(tmp_path):
     workdir = tmp_path / "run"
     with runs.worker(0, runs.free_ports(2), *FLAGS, "--config.startup_seconds=5", f"--workdir={workdir}") as lonely:

@@ -120,7 +120,7 @@ def test_a_malformed_tf_config_is_one_line_with_value_and_rule(environment, word
 
 
 def step(tasks, process, nodes, per_node, job=4_012_345, **more):
-    """The variables of a task as srun sets them (Slurm 23); 4012345 modulo 20000 is 12345: ports from 22345 on."""
+    """The variables of a task as srun sets them (Slurm 23); 4012345 modulo 312 is 25: ports from 11600 on."""
     return {
         "SLURM_JOB_ID": str(job), "SLURM_JOBID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEPID": "0",
         "SLURM_NTASKS": str(tasks), "SLURM_NPROCS": str(tasks), "SLURM_STEP_NUM_TASKS": str(tasks),
@@ -133,25 +133,25 @@ def step(tasks, process, nodes, per_node, job=4_012_345, **more):
 @pytest.mark.parametrize(
     "tasks, nodes, per_node, expected",
     [
-        (1, "gpu-a", "1", ["gpu-a:22345"]),
-        (4, "gpu-a", "4", ["gpu-a:22345", "gpu-a:22346", "gpu-a:22347", "gpu-a:22348"]),
-        (6, "n[7-9]", "2(x3)", ["n7:22345", "n7:22346", "n8:22345", "n8:22346", "n9:22345", "n9:22346"]),
-        (5, "n[9-11]", "2(x2),1", ["n9:22345", "n9:22346", "n10:22345", "n10:22346", "n11:22345"]),
+        (1, "gpu-a", "1", ["gpu-a:11600"]),
+        (4, "gpu-a", "4", ["gpu-a:11600", "gpu-a:11601", "gpu-a:11602", "gpu-a:11603"]),
+        (6, "n[7-9]", "2(x3)", ["n7:11600", "n7:11601", "n8:11600", "n8:11601", "n9:11600", "n9:11601"]),
+        (5, "n[9-11]", "2(x2),1", ["n9:11600", "n9:11601", "n10:11600", "n10:11601", "n11:11600"]),
         (
             5,
             "node[01-03,07],gpu-a",
             "1(x5)",
-            ["node01:22345", "node02:22345", "node03:22345", "node07:22345", "gpu-a:22345"],
+            ["node01:11600", "node02:11600", "node03:11600", "node07:11600", "gpu-a:11600"],
         ),
-        (3, "c[098-100]", "1(x3)", ["c098:22345", "c099:22345", "c100:22345"]),
+        (3, "c[098-100]", "1(x3)", ["c098:11600", "c099:11600", "c100:11600"]),
         (
             4,
             "rack[1-2]-n[08-09]",
             "1(x4)",
-            ["rack1-n08:22345", "rack1-n09:22345", "rack2-n08:22345", "rack2-n09:22345"],
+            ["rack1-n08:11600", "rack1-n09:11600", "rack2-n08:11600", "rack2-n09:11600"],
         ),
-        (3, "a,b[1-2]x", "1,1,1", ["a:22345", "b1x:22345", "b2x:22345"]),
-        (2, "login.example.org,x_1", "1(x2)", ["login.example.org:22345", "x_1:22345"]),
+        (3, "a,b[1-2]x", "1,1,1", ["a:11600", "b1x:11600", "b2x:11600"]),
+        (2, "login.example.org,x_1", "1(x2)", ["login.example.org:11600", "x_1:11600"]),
     ],
 )
 def test_a_slurm_step_is_the_cluster_of_its_tasks_node_after_node(tasks, nodes, per_node, expected):
@@ -171,23 +171,38 @@ def test_a_step_on_part_of_the_job_counts_and_not_the_job():
     variables = step(
         2, 1, "n[2-3]", "1(x2)", SLURM_JOB_NODELIST="n[1-4]", SLURM_TASKS_PER_NODE="2(x4)", SLURM_NTASKS="8"
     )
-    assert cluster.from_slurm(variables).workers == ("n2:22345", "n3:22345")
+    assert cluster.from_slurm(variables).workers == ("n2:11600", "n3:11600")
 
 
 def test_the_variables_of_the_job_serve_where_those_of_the_step_are_missing():
     variables = step(2, 1, "n[2-3]", "1(x2)")
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID"):
         del variables[name]
-    assert cluster.from_slurm(variables) == cluster.Cluster(("n2:22345", "n3:22345"), 1)
+    assert cluster.from_slurm(variables) == cluster.Cluster(("n2:11600", "n3:11600"), 1)
 
 
 def test_a_given_port_replaces_the_one_of_the_job_id():
     assert cluster.from_slurm(step(3, 0, "a,b", "2,1"), port=5000).workers == ("a:5000", "a:5001", "b:5000")
 
 
-@pytest.mark.parametrize("job, port", [(1, 10_001), (19_999, 29_999), (20_000, 10_000), (4_000_000_019, 10_019)])
+@pytest.mark.parametrize("job, port", [(1, 10_064), (311, 29_904), (312, 10_000), (4_000_000_019, 27_600)])
 def test_ports_stay_below_those_that_linux_hands_out(job, port):
     assert cluster.from_slurm(step(1, 0, "a", "1", job=job)).workers == (f"a:{port}",)
+
+
+def test_neighbouring_jobs_on_one_node_share_no_port_up_to_64_tasks():
+    ports = [
+        [int(worker.removeprefix("a:")) for worker in cluster.from_slurm(step(64, 0, "a", "64", job=job)).workers]
+        for job in (100, 101, 311)
+    ]
+    assert ports == [list(range(16_400, 16_464)), list(range(16_464, 16_528)), list(range(29_904, 29_968))]
+
+
+def test_more_tasks_on_a_node_than_a_job_has_ports_need_a_port():
+    variables = step(67, 0, "n[1-2]", "65,2")
+    with pytest.raises(errors.UserError, match=r"SLURM_STEP_TASKS_PER_NODE \(65,2\) must be 64 .*--port"):
+        cluster.from_slurm(variables)
+    assert cluster.from_slurm(variables, port=20_000).workers[64:66] == ("n1:20064", "n2:20000")
 
 
 def test_a_batch_script_and_a_machine_without_slurm_are_outside_a_step():

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -9,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.runs import workers
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600  # seconds after which a run fails rather than waits on
@@ -186,3 +190,21 @@ def test_under_umask_077_a_run_is_its_owners_alone(runs):
 def test_a_run_in_one_process_listens_to_nobody_but_its_own_machine(runs):
     for _, _, sockets in runs.values():
         assert {each for each in sockets if not is_loopback(each[0])} == set()
+
+
+@needs_proc
+@pytest.mark.skipif(not shutil.which("ss"), reason="only ss (iproute2) tells the interface that a socket is bound to")
+@pytest.mark.slow
+def test_a_cluster_on_loopback_that_is_up_listens_to_nobody_but_its_own_machine(tmp_path):
+    config = f"--config={ROOT / 'configs'}/quickstart.py:scratch"
+    chief, other = workers(2, config, f"--workdir={tmp_path / 'run'}")
+    with chief, other:
+        ports = {int(each.wait_for(r"127\.0\.0\.1:(\d+), waits for")[1]) for each in (chief, other)}
+        for each in (chief, other):
+            each.wait_for(r"cluster of 2 workers is up")
+        found = listening(chief.process.pid) | listening(other.process.pid)
+        told = subprocess.run(["ss", "-tlnH"], capture_output=True, text=True, check=True).stdout
+        assert {each.process.poll() for each in (chief, other)} == {None}, chief.output() + other.output()
+    bound = {int(port) for port in re.findall(r"%lo:(\d+)\s", told)}
+    assert len(ports) == 2 and ports <= bound & {port for _, port in found}, told
+    assert {port for address, port in found if not is_loopback(address)} <= bound, told

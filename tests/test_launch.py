@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kubernetes_validate
@@ -256,6 +257,8 @@ def test_the_image_starts_main_py_with_the_tested_versions():
     content = text("Dockerfile")
     assert 'ENTRYPOINT ["python", "main.py"]' in content and "FROM python:3.11-slim" in content
     assert content.count("pip install --constraint constraints.txt") == 2
+    before = content.partition("pip install")[0]
+    assert "LICENSE" in before and "LICENSE" in (ROOT / "setup.py").read_text(encoding="utf-8")
     copied = re.findall(r"^COPY (.+) \S+$", content, re.MULTILINE)
     assert all((ROOT / name).exists() for names in copied for name in names.split())
 
@@ -265,9 +268,13 @@ def program(path, script):
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize("code, seen", [(0, 0), (1, 1), (4, 4), (3, 131), (42, 170), (137, 137)])
-def test_a_worker_s_pod_ends_with_128_or_more_only_where_a_restart_helps(documents, tmp_path, code, seen):
-    (container,) = pod_specs(documents)["TFJob"]["containers"]
+CODES = [("TFJob", 3, 131), ("TFJob", 42, 170), ("Job", 3, 3), ("Job", 42, 42)]  # a Job has rules for the codes
+CODES += [(kind, code, code) for kind in ("TFJob", "Job") for code in (0, 1, 4, 137)]
+
+
+@pytest.mark.parametrize("kind, code, seen", CODES)
+def test_a_worker_s_pod_ends_with_128_or_more_only_where_a_restart_helps(documents, tmp_path, kind, code, seen):
+    (container,) = pod_specs(documents)[kind]["containers"]
     program(tmp_path / "python", f'echo "$@"; exit {code}')
     done = subprocess.run(
         [*container["command"], *container["args"]],
@@ -276,12 +283,14 @@ def test_a_worker_s_pod_ends_with_128_or_more_only_where_a_restart_helps(documen
     assert (done.returncode, done.stdout.split()) == (seen, ["main.py", *container["args"]])
 
 
-def test_a_worker_s_pod_passes_the_request_to_stop_on_and_waits_for_the_save(documents, tmp_path):
-    (container,) = pod_specs(documents)["TFJob"]["containers"]
-    program(
-        tmp_path / "python",
-        'trap "echo saved; exit 42" TERM; kill -TERM $PPID; for ((i = 0; i < 3000000; i++)); do :; done',
-    )
+@pytest.mark.parametrize(
+    "kind, trap, seen",
+    [("TFJob", 'trap "echo saved; exit 42" TERM', (170, "saved\n")), ("TFJob", ":", (143, "")),
+     ("Job", 'trap "echo saved; exit 42" TERM', (42, "saved\n")), ("Job", ":", (143, ""))],
+)  # fmt: skip
+def test_a_pod_passes_the_request_to_stop_on_and_waits_for_the_save(documents, tmp_path, kind, trap, seen):
+    (container,) = pod_specs(documents)[kind]["containers"]
+    program(tmp_path / "python", f"{trap}; kill -TERM $PPID; for ((i = 0; i < 3000000; i++)); do :; done")
     done = subprocess.run(
         container["command"],
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
@@ -289,7 +298,7 @@ def test_a_worker_s_pod_passes_the_request_to_stop_on_and_waits_for_the_save(doc
         text=True,
         timeout=30,
     )
-    assert (done.returncode, done.stdout) == (170, "saved\n")
+    assert (done.returncode, done.stdout) == seen
 
 
 # --- slurm.sbatch
@@ -475,7 +484,7 @@ def test_with_the_real_module_two_tasks_get_one_cluster_and_a_single_task_none(s
         "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     }  # fmt: skip
     assert slurm.run("0 0", **step) == (0, False), slurm.done.stderr
-    workers = "workers=('n08:10007', 'n09:10007')"
+    workers = "workers=('n08:10448', 'n09:10448')"
     assert slurm.done.stdout.splitlines() == [f"Cluster({workers}, index={i})" for i in range(2)]
     alone = {"SLURM_STEP_NODELIST": "n08", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
     assert slurm.run("0", **{**step, **alone}) == (0, False), slurm.done.stderr
@@ -495,3 +504,131 @@ def test_the_script_for_a_tpu_says_what_is_missing_in_one_line():
 def test_the_script_for_a_tpu_is_marked_as_never_run_and_stops_at_the_first_error():
     assert "Never run" in text("gcp_tpu.sh").partition("\n\n")[0]
     assert "\nset -euo pipefail\n" in text("gcp_tpu.sh")
+
+
+class Tpu:
+    """A repository with gcp_tpu.sh, and a VM that is a directory: gcloud runs there what it is told."""
+
+    def __init__(self, folder):
+        self.here, self.vm, self.bin = folder / "here", folder / "vm", folder / "bin"
+        for directory in (self.here / "launch", self.vm, self.bin):
+            directory.mkdir(parents=True)
+        (self.here / "launch" / "gcp_tpu.sh").write_text(text("gcp_tpu.sh"))
+        program(
+            self.bin / "gcloud",
+            """shift 3
+            case $1 in
+                describe) cat "$HOME/../state" ;;
+                create) echo READY >"$HOME/../state" ;;
+                ssh)
+                    for word in "$@"; do case $word in --command=*) command=${word#--command=} ;; esac; done
+                    case $command in *"$BROKEN"*) [ -z "$BROKEN" ] || exit "$BREAKS" ;; esac
+                    cd && bash -c "$command"
+                    ;;
+                scp) case $2 in *:*) cp "$HOME/${2#*:}" "$3" ;; *) cp "$2" "$HOME/${3#*:}" ;; esac ;;
+            esac""",
+        )
+        program(self.bin / "git", 'touch main.py && tar -czf "${3#--output=}" main.py')
+        program(self.bin / "sudo", "")
+        packages = f"mkdir -p .venv/bin; cp {self.bin}/main .venv/bin/python; cp {self.bin}/sudo .venv/bin/pip"
+        program(self.bin / "python3", packages)
+        program(self.bin / "sleep", "exec /bin/sleep 0.05")
+        program(
+            self.bin / "pgrep",
+            """found=1
+            for id in $(/usr/bin/env -u PATH /usr/bin/pgrep "$@"); do
+                [ "$(readlink "/proc/$id/cwd")" != "$HOME/deit" ] || found=0
+            done
+            exit "$found" """,
+        )
+        self.main("mkdir -p runs/x")
+
+    def main(self, script):
+        """Let main.py do this."""
+        program(self.bin / "main", f'echo "$@" >>tasks\n{script}')
+
+    def checkpoints(self, where, *steps):
+        for step in steps:
+            (where / "runs" / "x" / "checkpoints" / step).mkdir(parents=True)
+
+    def found(self, where):
+        return sorted(path.name for path in (where / "runs" / "x" / "checkpoints").iterdir())
+
+    def start(self, *arguments, broken="", breaks=255):
+        """Start the script; the command that contains `broken` ends with the code `breaks`, without running."""
+        return subprocess.Popen(
+            ["bash", "launch/gcp_tpu.sh", "name", "zone", *(arguments or ["--config=a b", "--workdir=runs/x"])],
+            cwd=self.here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.vm), "BROKEN": broken,
+                 "BREAKS": str(breaks)},
+        )  # fmt: skip
+
+    def run(self, *arguments, **broken):
+        """Return the exit code of the script."""
+        process = self.start(*arguments, **broken)
+        self.said, _ = process.communicate(timeout=60)
+        return process.returncode
+
+
+@pytest.fixture
+def tpu(tmp_path):
+    return Tpu(tmp_path)
+
+
+def test_a_run_on_a_new_vm_goes_on_from_the_copy_and_comes_back_without_what_it_removed(tpu):
+    tpu.checkpoints(tpu.here, "step-00000001")
+    tpu.main(
+        """[ -d runs/x/checkpoints/step-00000001 ] || exit 0
+        mkdir runs/x/checkpoints/step-00000002 runs/x/checkpoints/tmp-3 && rmdir runs/x/checkpoints/step-00000001
+        exit 42"""
+    )
+    assert tpu.run("--config=a b", "--workdir=runs/x/") == 0, tpu.said
+    assert (
+        tpu.vm / "deit" / "tasks"
+    ).read_text() == "main.py --config=a b --workdir=runs/x/ --config.strategy=tpu\n" * 2
+    assert tpu.found(tpu.here) == ["step-00000002"]
+    assert [path.name for path in (tpu.here / "runs").iterdir()] == ["x"]
+
+
+def test_a_run_that_ends_before_it_has_a_directory_ends_the_script_with_its_code(tpu):
+    tpu.main("exit 1")
+    assert tpu.run() == 1
+    assert "not fetched" in tpu.said
+
+
+def test_a_run_on_the_vm_is_not_replaced_by_an_older_copy(tpu):
+    tpu.checkpoints(tpu.here, "step-00000001")
+    tpu.checkpoints(tpu.vm / "deit", "step-00000005")
+    assert tpu.run() == 0, tpu.said
+    assert tpu.found(tpu.here) == tpu.found(tpu.vm / "deit") == ["step-00000005"]
+
+
+@pytest.mark.parametrize("breaks", [1, 255])
+@pytest.mark.parametrize("broken", ["test -d deit/runs/x", "pgrep"])
+def test_a_vm_that_does_not_answer_is_no_vm_without_the_run(tpu, broken, breaks):
+    tpu.checkpoints(tpu.here, "step-00000001")
+    tpu.checkpoints(tpu.vm / "deit", "step-00000005")
+    assert tpu.run(broken=broken, breaks=breaks) == breaks
+    assert tpu.found(tpu.vm / "deit") == ["step-00000005"] and tpu.found(tpu.here) == ["step-00000001"]
+    assert not (tpu.vm / "deit" / "tasks").exists()
+
+
+def test_a_run_under_way_is_joined_whatever_its_first_flag_is(tpu):
+    tpu.main("mkdir -p runs/x; while [ ! -f go ]; do sleep 1; done")
+    scripts = [tpu.start("--workdir=runs/x", "--config=a")]
+    try:
+        wait_for(tpu.vm / "deit" / "tasks")
+        scripts.append(tpu.start("--workdir=runs/x", "--config=a"))
+        assert scripts[1].stdout.readline() == "already running\n"
+    finally:
+        (tpu.vm / "deit" / "go").touch()
+        said = [script.communicate(timeout=30)[0] for script in scripts]
+    assert [script.returncode for script in scripts] == [0, 0], said
+    assert (tpu.vm / "deit" / "tasks").read_text().count("main.py") == 1
+
+
+def wait_for(path):
+    until = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < until, path
+        time.sleep(0.05)

@@ -35,22 +35,47 @@ UNSAFE_CALLS = {
     "tempfile.mktemp": "a temporary name that another may take",
     "ssl._create_unverified_context": "an unchecked certificate",
     "tensorflow.profiler.experimental.server.start": "an open port",
-    "torch.hub.load": "code from elsewhere",
+}
+# How a dotted name ends, whatever it is called on.
+UNSAFE_ENDS = {
+    "hub.load": "code from elsewhere",
+    "hub.KerasLayer": "code from elsewhere",
+    "tensorflow_hub.load": "code from elsewhere",
+    "tensorflow_hub.KerasLayer": "code from elsewhere",
+    "jit.load": "loads a program of torch",
+    "saved_model.load": "loads a SavedModel",
+    "saved_model.loader.load": "loads a SavedModel",
+    "layers.deserialize": "loads a Keras model",
+    "models.deserialize": "loads a Keras model",
+    "distribute.Server": "an open port",
+    "train.Server": "an open port",
 }
 # Last part of the name, whatever it is called on.
 UNSAFE_METHODS = {
     "extractall": "unpacks an archive unseen",
     "unpack_archive": "unpacks an archive unseen",
     "load_model": "loads a Keras model",
-    "enable_unsafe_deserialization": "loads a Keras model",
+    **dict.fromkeys(["model_from_json", "model_from_yaml", "model_from_config"], "loads a Keras model"),
+    **dict.fromkeys(["deserialize_keras_object", "enable_unsafe_deserialization"], "loads a Keras model"),
+    **dict.fromkeys(["DispatchServer", "WorkerServer", "add_insecure_port"], "an open port"),
     "read_pickle": "pickle",
 }
-UNSAFE_KEYWORDS = {
-    ("shell", "True"): "a shell",
-    ("allow_pickle", "True"): "allow_pickle",
-    ("safe_mode", "False"): "loads a Keras model",
-    ("trust_remote_code", "True"): "code from elsewhere",
-    ("verify", "False"): "an unchecked certificate",
+# Keyword -> what it is where its value is anything but a literal False.
+ONLY_FALSE = {
+    "shell": "a shell",
+    "allow_pickle": "allow_pickle",
+    "trust_remote_code": "code from elsewhere",
+    "extract": "unpacks an archive unseen",
+    "untar": "unpacks an archive unseen",
+}
+# Keyword -> what it is where its value is a literal that counts as false.
+NEVER_FALSE = {"safe_mode": "loads a Keras model", "verify": "an unchecked certificate"}
+LISTENS = re.compile(r"(bind|create_server|start_server|make_server|\w*Server)$")  # "" and "::" are every interface
+# What makes a file or directory -> which argument is its mode; `mode` is its name in all of them.
+MODES = {
+    **dict.fromkeys(["os.mkdir", "os.makedirs", "os.mkfifo", "os.mknod"], 1),
+    "os.open": 2,
+    **dict.fromkeys(["mkdir", "touch"], 0),  # of a path
 }
 LOOPBACK = r"(?:127\.0\.0\.1|localhost|\[::1\])"
 PLAIN_HTTP = re.compile(rf"http://(?!{LOOPBACK})[\w\[{{]")
@@ -67,13 +92,19 @@ def aliases(tree: ast.AST) -> dict[str, str]:
     return found
 
 
-def modules(node: ast.AST) -> list[str]:
+def dotted(node: ast.AST, known: dict[str, str]) -> str:
+    """Return the dotted name that an expression stands for, aliases resolved."""
+    first, *rest = ast.unparse(node).split(".")
+    return ".".join([known.get(first, first), *rest])
+
+
+def modules(node: ast.AST, known: dict[str, str]) -> list[str]:
     """Return the modules that a statement, or a call with a constant name, imports."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and not node.level:
         return [node.module]
-    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+    if isinstance(node, ast.Call) and dotted(node.func, known).split(".")[-1] in ("import_module", "__import__"):
         return [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
     return []
 
@@ -82,9 +113,11 @@ def violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield (line, what) of everything in a source that could run foreign code or let others in."""
     known = aliases(tree)
     for node in ast.walk(tree):
-        for name in modules(node):
+        for name in modules(node, known):
             if name.split(".")[0] in UNSAFE_MODULES:
                 yield node.lineno, name.split(".")[0]
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield from _names(node, known)
         if isinstance(node, ast.Attribute) and node.attr == "CERT_NONE":
             yield node.lineno, "an unchecked certificate"
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -105,16 +138,29 @@ def _made_addresses(node: ast.AST) -> Iterator[tuple[int, str]]:
         yield node.lineno, "plain http"
 
 
+def _names(node: ast.Name | ast.Attribute, known: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """Yield what a name stands for, called or not: it may be called under another."""
+    name = dotted(node, known)
+    if name in UNSAFE_CALLS:
+        yield node.lineno, UNSAFE_CALLS[name]
+    for end, what in {**UNSAFE_ENDS, **UNSAFE_METHODS}.items():
+        if f".{name}".endswith(f".{end}"):
+            yield node.lineno, what
+
+
 def _calls(node: ast.Call, known: dict[str, str]) -> Iterator[tuple[int, str]]:
-    first, *rest = ast.unparse(node.func).split(".")
-    called = ".".join([known.get(first, first), *rest])
+    called = dotted(node.func, known)
     keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-    if called in UNSAFE_CALLS:
-        yield node.lineno, UNSAFE_CALLS[called]
-    if called.split(".")[-1] in UNSAFE_METHODS:
-        yield node.lineno, UNSAFE_METHODS[called.split(".")[-1]]
-    for item in keywords.items() & UNSAFE_KEYWORDS.keys():
-        yield node.lineno, UNSAFE_KEYWORDS[item]
+    for keyword in node.keywords:
+        if keyword.arg in ONLY_FALSE and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False):
+            yield node.lineno, ONLY_FALSE[keyword.arg]
+        if keyword.arg in NEVER_FALSE and isinstance(keyword.value, ast.Constant) and not keyword.value.value:
+            yield node.lineno, NEVER_FALSE[keyword.arg]
+    if LISTENS.match(called.split(".")[-1]):
+        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+        hosts = [each.elts[0] if isinstance(each, ast.Tuple) and each.elts else each for each in given]
+        if any(isinstance(each, ast.Constant) and each.value in ("", "::") for each in hosts):
+            yield node.lineno, "an open port"
     if called == "numpy.load" and "allow_pickle" not in keywords:
         yield node.lineno, "np.load that does not say allow_pickle=False"
     if called == "torch.load" and keywords.get("weights_only") != "True":
@@ -122,6 +168,11 @@ def _calls(node: ast.Call, known: dict[str, str]) -> Iterator[tuple[int, str]]:
     numbers = [each for arg in [*node.args, *(k.value for k in node.keywords)] for each in _numbers(arg)]
     if called.split(".")[-1] in ("chmod", "fchmod", "lchmod") and any(number & 0o002 for number in numbers):
         yield node.lineno, "a file that all may write"
+    place = MODES.get(called, MODES.get(called.split(".")[-1]))
+    if place is not None:
+        modes = [*node.args[place : place + 1], *(each.value for each in node.keywords if each.arg == "mode")]
+        if any(number & 0o002 for mode in modes for number in _numbers(mode)):
+            yield node.lineno, "a file that all may write"
     if called == "os.umask" and any(number & 0o022 != 0o022 for number in numbers):
         yield node.lineno, "a file that all may write"
 
@@ -137,6 +188,13 @@ def _numbers(node: ast.AST) -> Iterator[int]:
 
 # (file, what) -> why it may.
 EXCEPTIONS = {
+    ("deit/teachers/signatures.py", "loads a SavedModel"): "the one place that loads a teacher; the README warns",
+    ("tests/test_bit.py", "loads a SavedModel"): "a model that the test has just saved",
+    ("deit/teachers/chunks.py", "a file that all may write"): "a mode before the umask, the one that open() asks for",
+    ("deit/runtime.py", "an open port"): "tries whether its port is free as TensorFlow takes it; does not listen",
+    ("tests/test_runtime.py", "an open port"): "listens as TensorFlow does, to try that it is closed to others",
+    ("tests/test_local.py", "an open port"): "holds a port as TensorFlow does, for the supervisor to pass over",
+    ("tests/test_exposure.py", "an open port"): "an example that the search for open ports must find",
     (
         "tests/test_models.py",
         "loads a Keras model",
@@ -191,9 +249,14 @@ def test_every_folder_with_source_is_searched():
         "import shelve",
         "import dill",
         "importlib.import_module('pickle')",
+        "from importlib import import_module as i; i('pickle')",
         "__import__('cloudpickle')",
         "import runpy",
         "eval(text)",
+        "e = eval",
+        "list(map(exec, texts))",
+        "import os as o; run = o.system",
+        "unpack = archive.extractall",
         "exec(open(path).read())",
         "compile(text, path, 'exec')",
         "import builtins; builtins.exec(text)",
@@ -201,9 +264,14 @@ def test_every_folder_with_source_is_searched():
         "from os import system; system(command)",
         "os.popen(command)",
         "subprocess.run(command, shell=True)",
+        "subprocess.run(command, shell=1)",
+        "subprocess.run(command, shell=flag)",
         "subprocess.getoutput(command)",
         "archive.extractall(path)",
         "shutil.unpack_archive(path)",
+        "tf.keras.utils.get_file(origin=url, extract=True)",
+        "tf.keras.utils.get_file(origin=url, untar=True)",
+        "get_file(origin=url, extract=flag)",
         "yaml.load(text)",
         "yaml.load(text, Loader=yaml.SafeLoader)",
         "import yaml as y; y.full_load(text)",
@@ -211,10 +279,28 @@ def test_every_folder_with_source_is_searched():
         "from yaml import load_all; load_all(text)",
         "np.load(path)",
         "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=1)",
+        "np.load(path, allow_pickle=flag)",
+        "np.load(path, allow_pickle=not safe)",
         "from numpy import load; load(path, mmap_mode='r')",
         "numpy.lib.format.read_array(file, allow_pickle=True)",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "torch.jit.load(path)",
+        "from torch import jit; jit.load(path)",
+        "torch.hub.load(repository, name)",
+        "import tensorflow_hub as hub; hub.load(address)",
+        "hub.load(address)",
+        "hub.KerasLayer(address)",
+        "tf.saved_model.load(path)",
+        "from tensorflow.saved_model import load as read; read(path)",
+        "tf.compat.v1.saved_model.load(path)",
+        "tf.keras.models.model_from_json(text)",
+        "from keras.models import model_from_config; model_from_config(config)",
+        "tf.keras.layers.deserialize(config)",
+        "from keras.layers import deserialize; deserialize(config)",
+        "keras.saving.deserialize_keras_object(config)",
         "tf.keras.models.load_model(path)",
         "keras.models.load_model(path, custom_objects={})",
         "from tf_keras.models import load_model; load_model(path)",
@@ -225,14 +311,35 @@ def test_every_folder_with_source_is_searched():
         "os.chmod(path, 0o777)",
         "path.chmod(mode=0o666)",
         "path.chmod(path.stat().st_mode | 0o002)",
+        "os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)",
+        "os.open(path, flags, mode=0o777)",
+        "os.mkdir(path, 0o777)",
+        "os.makedirs(path, mode=0o777)",
+        "path.mkdir(0o777)",
+        "path.mkdir(mode=0o777, parents=True)",
+        "path.touch(0o666)",
         "os.umask(0)",
         "requests.get('http://example.org/x')",
         "urlopen(f'http://{host}/x')",
         "urlopen('http://' + host)",
         "requests.get(url, verify=False)",
+        "requests.get(url, verify=0)",
         "context.verify_mode = ssl.CERT_NONE",
         "server.bind(('0.0.0.0', 80))",
+        "server.bind(('', 80))",
+        "server.bind(address=('::', 80))",
+        "socket.create_server(('', 0))",
+        "http.server.HTTPServer(('', 80), Handler)",
+        "ThreadingHTTPServer(('::', 80), Handler)",
+        "asyncio.start_server(answer, host='', port=80)",
+        "make_server('', 80, app)",
         "tf.profiler.experimental.server.start(6009)",
+        "tf.distribute.Server(cluster)",
+        "from tensorflow import distribute as d; d.Server(cluster)",
+        "tf.compat.v1.train.Server(cluster)",
+        "tf.data.experimental.service.DispatchServer()",
+        "tf.data.experimental.service.WorkerServer(config)",
+        "server.add_insecure_port(address)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
     ],
 )
@@ -245,6 +352,17 @@ def test_the_search_finds(code):
     [
         "np.load(path, allow_pickle=False)",
         "torch.load(path, weights_only=True)",
+        "requests.get(url, verify=bundle)",
+        "tf.keras.utils.get_file(origin=url, extract=False)",
+        "api.deserialize(answer)",
+        "names.append(('', 0))",
+        "server.bind(('127.0.0.1', 0))",
+        "HTTPServer(('localhost', 0), Handler)",
+        "os.open(path, 2)",
+        "os.open(parts[3], flags, 0o644)",
+        "os.makedirs(parts[2], exist_ok=True)",
+        "os.mkdir(names[2], 0o755)",
+        "path.mkdir(parents=True)",
         "yaml.safe_load(text)",
         "re.compile(text)",
         "model.compile('sgd')",

@@ -17,7 +17,9 @@ sys.path.insert(0, sys.argv[1])
 from absl import logging
 from deit import signals
 logging.set_verbosity("info")
-with signals.listening() as stop:
+import contextlib
+alone, training = sys.argv[2:]
+with signals.listening(alone=alone == "alone") as stop, stop.training() if training else contextlib.nullcontext():
     print("ready", flush=True)
     while sys.stdin.readline().strip() != "go on":
         pass
@@ -28,9 +30,12 @@ with signals.listening() as stop:
 class Process:
     """A process of BUSY, and what it logged."""
 
+    def __init__(self, alone="alone", training="training"):
+        self.arguments = [str(ROOT), alone, training]
+
     def __enter__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BUSY, str(ROOT)], text=True,
+            [sys.executable, "-c", BUSY, *self.arguments], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert self.process.stdout.readline() == "ready\n"
@@ -71,6 +76,15 @@ def test_who_asks_after_the_signal_hears_of_it_and_the_process_ends_as_it_wants(
         assert running.process.wait(timeout=60) == 0
 
 
+def test_with_nothing_to_save_a_process_that_is_alone_ends_at_once_and_one_of_several_waits():
+    with Process(training="") as running:
+        assert "nothing is there to be saved" in running.send(signal.SIGTERM)
+        assert running.process.wait(timeout=60) == 42
+    with Process(alone="", training="") as running:
+        running.send(signal.SIGTERM)
+        assert running.go_on() == "asked"
+
+
 def test_without_a_signal_nothing_is_asked():
     with Process() as running:
         assert running.go_on() == "not asked"
@@ -83,7 +97,7 @@ def test_the_handlers_before_are_back_after_the_block():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("old"))
     try:
-        with signals.listening() as stop:
+        with signals.listening(alone=False) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == []
         os.kill(os.getpid(), signal.SIGTERM)

@@ -347,6 +347,32 @@ def test_mixed_bfloat16_follows_the_float32_loss(run_of):
         assert b["train/loss"] != a["train/loss"], "computed in float32"
 
 
+@pytest.mark.slow  # XLA compiles for ten seconds and more
+@pytest.mark.parametrize("layout", [dict(micro=8), dict(micro=8, replicas=2)], ids=["one device", "two replicas"])
+def test_with_xla_the_gradients_are_those_without_and_a_poisoned_batch_is_skipped(run_of, layout):
+    plain, compiled = run_of(**layout), run_of(**layout, xla=True)
+    batch = plain.batch()
+    for one, other in zip(plain.gradients(batch), compiled.gradients(batch), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max())
+    poisoned = compiled.batch()
+    poisoned["weight"][BATCH - 1] = np.nan  # in the last replica only
+    before = compiled.tensors()
+    assert compiled.update(poisoned)["finite"] == 0
+    after = compiled.tensors()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed - {"bad_images"} == {"step", "skipped", "skipped_in_row"}
+    assert compiled.update(batch)["finite"] == 1
+
+
+def test_the_update_says_how_many_replicas_were_asked_to_stop(run_of):
+    for layout, replicas in (({}, 1), (LAYOUTS["two replicas with four micro-batches of 4"], 2)):
+        run = run_of(**layout)
+        batch = run.distribute(run.batch())
+        for asked in (0.0, 1.0):
+            told = run.step(batch, run.answers(batch), tf.constant(asked)).numpy()
+            assert told[train_step.METRICS.index("stop")] == asked * replicas
+
+
 def test_clipping_bounds_the_step_but_reports_the_norm_before_it(run_of):
     free, clipped = run_of(micro=16), run_of(micro=16, **{"optim.clip_norm": 0.01})
     batch = free.batch()

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from configs import base
 from deit import checkpoint, cli, errors
 from deit import config as configuration
 from deit import workdir as run_directory
+from tools import checkpoint_tables
 
 CKPT = flags.DEFINE_string("ckpt", None, "A run directory (all its checkpoints) or one checkpoint.", required=True)
 AGAINST = flags.DEFINE_string("against", None, "A run (its newest checkpoint) or a checkpoint to compare with.")
@@ -33,7 +34,6 @@ REQUIRE_EQUAL = flags.DEFINE_bool("require_equal", False, "Exit 1 where --ckpt a
 JSON = flags.DEFINE_string("json", None, "Also write the facts to this file.")
 
 GROUPS = ("student", "ema", "optimizer")  # first parts of a tensor's path; what has no path is a counter
-SHOWN = 10  # differing tensors in the table; --json has all
 _HALF_DONE = {"tmp-removed-": "removal half done", "tmp-": "save half done or under way"}
 
 
@@ -45,12 +45,12 @@ def main(_) -> int:
         raise errors.UserError("--require_equal needs --against=RUN or CHECKPOINT")
     if AGAINST.value:
         facts = compare(checkpoint.locate(CKPT.value), checkpoint.locate(AGAINST.value))
-        text, problem = describe_comparison(facts), ""
+        text, problem = checkpoint_tables.comparison(facts), ""
         if REQUIRE_EQUAL.value and not facts["equal"]:
             problem = f"--require_equal: {facts['checkpoint']} and {facts['against']} are different states"
     else:
         facts = inspect(run_directory.check_workdir(CKPT.value))
-        text, problem = describe(facts), _problem(facts)
+        text, problem = checkpoint_tables.inspection(facts), _problem(facts)
     print(text)
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
@@ -123,74 +123,6 @@ def compare(ours: Path, theirs: Path) -> dict:
     }
 
 
-def describe(facts: dict) -> str:
-    """Return the tables of `inspect`'s facts."""
-    header = ("checkpoint", "step", "size", "created", checkpoint.BEST, "kept as", "state_sha256", "status")
-    rows = [
-        (
-            row["name"],
-            _or_dash(row["step"]),
-            _size(row["bytes"]),
-            _or_dash(row["created"]),
-            _or_dash(row[checkpoint.BEST], ".4f"),
-            ", ".join(row["kept"] or []) or "-",
-            (row["state_sha256"] or "-")[:12],
-            row["status"],
-        )
-        for row in facts["checkpoints"]
-    ]
-    parts = [_table(header, rows)]
-    if "groups" in facts:
-        header = ("tensors", "number", "elements", "size", "min", "max", "finite")
-        rows = []
-        for name, group in facts["groups"].items():
-            finite = "yes" if not group["not_finite"] else f"{group['not_finite']} are not"
-            low, high = (_or_dash(group[end], ".4g") for end in ("min", "max"))
-            numbers = (f"{group['tensors']:,}", f"{group['elements']:,}", _size(group["bytes"]))
-            rows.append((name, *numbers, low, high, finite))
-        parts.append(_table(header, rows))
-        parts.append(
-            "counters: " + ", ".join(f"{name} {_or_dash(value, 'g')}" for name, value in facts["counters"].items())
-        )
-        parts.append("versions: " + ", ".join(f"{name} {value or '-'}" for name, value in facts["versions"].items()))
-    return "\n\n".join(parts)
-
-
-def describe_comparison(facts: dict) -> str:
-    """Return the text of `compare`'s facts."""
-    ours, theirs = facts["checkpoint"], facts["against"]
-    if facts["equal"]:
-        lines = [f"equal: all {facts['tensors']} tensors of step {facts['steps'][0]} are the same bits"]
-        lines.append(f"state_sha256 {facts['state_sha256'][0]}")
-    else:
-        lines = [f"different: {len(facts['differ'])} of {facts['tensors']} tensors that both have"]
-        for path, step, digest in zip((ours, theirs), facts["steps"], facts["state_sha256"]):
-            lines.append(f"  {path}: step {step}, state_sha256 {digest[:12]}")
-    for names, path in ((facts["only_ours"], ours), (facts["only_theirs"], theirs)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"only in {path}: {', '.join(names[:3])}{more}")
-    lines += [f"other form: {row['tensor']} is {row['ours']}, not {row['theirs']}" for row in facts["other_form"]]
-    if facts["differ"]:
-        rows = [
-            (row["tensor"], _or_dash(row["largest"], ".3g"), _or_dash(row["relative"], ".3g"), f"{row['elements']:,}")
-            for row in facts["differ"][:SHOWN]
-        ]
-        lines += ["", _table(("largest differences", "absolute", "of the maximum", "elements"), rows)]
-    if facts["config"]:
-        rows = [
-            (
-                row["field"],
-                str(row["ours"]) or "-",
-                str(row["theirs"]) or "-",
-                {True: "yes", False: "no", None: "?"}[row["result"]],
-            )
-            for row in facts["config"]
-        ]
-        lines += ["", _table(("configuration", "ours", "theirs", "changes the result"), rows)]
-    return "\n".join(lines)
-
-
 def _problem(facts: dict) -> str:
     """Return the line for a run or checkpoint that is not whole, "" where it is; what was set aside is known."""
     rows = facts["checkpoints"]
@@ -259,7 +191,7 @@ def _contents(path: Path) -> dict:
             group["elements"] += array.size
             group["bytes"] += array.nbytes
             group["not_finite"] += array.size - finite.size
-            if finite.size:
+            if finite.size and array.dtype.kind not in "biu":  # a counter is no weight
                 low, high = float(finite.min()), float(finite.max())
                 group["min"] = low if group["min"] is None else min(group["min"], low)
                 group["max"] = high if group["max"] is None else max(group["max"], high)
@@ -314,19 +246,6 @@ def _leaves(config: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _form(array: np.ndarray) -> str:
     return f"{array.dtype.name} {list(array.shape)}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} B"
-
-
-def _or_dash(value: Any, form: str = "") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(cells[i]) for cells in (header, *rows)) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(cells, widths)).rstrip() for cells in (header, *rows))
 
 
 if __name__ == "__main__":

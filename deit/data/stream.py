@@ -210,6 +210,9 @@ def cores() -> int:
 def _options(threads: int) -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True
+    # Every number of threads and batches is given. Its thread sleeps up to a minute, and the end of an iterator, so of
+    # the process, waits for it.
+    options.autotune.enabled = False
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     # One thread an image: to split an op over threads costs more than it brings at these sizes.
     options.threading.max_intra_op_parallelism = 1

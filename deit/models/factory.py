@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -85,7 +86,23 @@ def build(
         raise errors.UserError(f"precision ({precision}) must be one of {', '.join(_POLICIES)}")
     sizes = {"num_classes": num_classes, "image_size": image_size}
     policy = keras.mixed_precision.Policy(_POLICIES[precision])
-    name = model_config.variant
+    with tf.variable_creator_scope(_one_copy):
+        return _build(model_config, sizes, policy, load_weights=load_weights)
+
+
+def _one_copy(creator: Callable, **settings: Any) -> tf.Variable:
+    """Create a variable that is the same on every replica.
+
+    Statistics of BatchNorm, which are frozen here, would be read as the mean over replicas: a collective among workers
+    that only some call, and with three replicas not the number that was assigned.
+    """
+    if settings.get("synchronization") == tf.VariableSynchronization.ON_READ:
+        settings["synchronization"] = tf.VariableSynchronization.AUTO
+    return creator(**settings)
+
+
+def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weights: bool) -> Network:
+    name, image_size, num_classes = model_config.variant, sizes["image_size"], sizes["num_classes"]
     if name in ("backbone", "groupnorm_resnet"):
         model, loaded = _OTHERS[name](model_config, **sizes, policy=policy, load_weights=load_weights)
         paths.initialise(model, model_config.seed, loaded=loaded)

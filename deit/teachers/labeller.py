@@ -3,7 +3,7 @@
 Promises: an answer that comes from the cache is the one that the teacher would give, bit by bit (under the conditions
 that were recorded; under others only with teacher.allow_ties, and then the agreement is measured). What the cache
 lacks, or has of pictures that were unreadable then and are not now, is computed. Each of several workers answers its
-own share, and builds a teacher of its own. The teacher is built when it is first
+own share, with a teacher of its own. The teacher is built when it is first
 needed: a run that finds everything in the cache never loads it. A disk that fills up ends the writing and not the
 training.
 """
