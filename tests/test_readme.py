@@ -81,6 +81,25 @@ def test_a_training_command_of_the_readme_plans(command, recorded):
     assert "global_batch" in done.stdout
 
 
+LAUNCHES = [c for c in commands() if " launch/" in c]
+
+
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_a_launch_command_names_a_file_that_is_there(command):
+    (path,) = [word for word in shlex.split(command) if word.startswith("launch/")]
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in LAUNCHES if "--config" in c])
+def test_what_a_launch_command_hands_to_main_plans(command, recorded):
+    flags = [word for word in shlex.split(command) if word.startswith("--")]
+    flags = [flag.replace("--config=configs", f"--config={ROOT}/configs") for flag in flags if flag != "--"]
+    done = run([sys.executable, str(ROOT / "main.py"), *flags, "--mode=plan"], recorded)
+    assert done.returncode == 0, done.stderr
+    assert "global_batch" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if "tools/" in c or "--mode=eval" in c])
 def test_a_tool_of_the_readme_knows_its_flags(command):
@@ -91,7 +110,10 @@ def test_a_tool_of_the_readme_knows_its_flags(command):
 
 
 def test_nothing_else_is_promised_in_a_shell_block():
-    known = ("make ", "python main.py", "python tools/", ". .venv/bin/activate", "tensorboard --logdir runs/")
+    known = (
+        *("make ", "python main.py", "python tools/", "python launch/", "sbatch launch/", "kubectl apply -f launch/"),
+        *(". .venv/bin/activate", "tensorboard --logdir runs/"),
+    )
     assert [c for c in commands() if not c.startswith(known)] == []
 
 

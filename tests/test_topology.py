@@ -3,14 +3,14 @@
 import signal
 
 import numpy as np
+import processes
 import pytest
-import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TOTAL = 20
 FLAGS = [
-    f"--config={runs.ROOT / 'configs'}/deit_tiny_flowers.py:full",
+    f"--config={processes.ROOT / 'configs'}/deit_tiny_flowers.py:full",
     "--config.data.name=digits", "--config.data.train_split=train", "--config.data.eval_split=test",
     "--config.data.image_size=32", "--config.model.variant=deit_micro_distilled_patch8_32",
     "--config.model.drop_path=0.2", "--config.global_batch=32", "--config.augment.mix_group=8",
@@ -26,8 +26,8 @@ TWO_WORKERS = ["--config.strategy=multi_worker", "--config.micro_batch=8"]
 def flags(tmp_path_factory):
     """The flags of all layouts, with a teacher that exists."""
     teacher = tmp_path_factory.mktemp("teacher") / "run"
-    preset = f"--config={runs.ROOT / 'configs'}/quickstart.py:teacher"
-    with runs.main(preset, "--config.total_updates=8", f"--workdir={teacher}") as process:
+    preset = f"--config={processes.ROOT / 'configs'}/quickstart.py:teacher"
+    with processes.main(preset, "--config.total_updates=8", f"--workdir={teacher}") as process:
         assert process.code() == 0, process.output()
     return [*FLAGS, "--config.teacher.kind=run", f"--config.teacher.path={teacher}"]
 
@@ -41,12 +41,12 @@ def finish(*processes):
 @pytest.fixture(scope="module")
 def one_process(flags, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one") / "run"
-    finish(runs.main(*flags, *ONE, f"--workdir={workdir}"))
+    finish(processes.main(*flags, *ONE, f"--workdir={workdir}"))
     return workdir
 
 
 def assert_same_losses(workdir, reference):
-    (*_, lines), (*_, expected) = runs.final(workdir), runs.final(reference)
+    (*_, lines), (*_, expected) = processes.final(workdir), processes.final(reference)
     assert [line["step"] for line in lines] == list(range(TOTAL + 1))
     for name in ("train/loss", "train/loss_cls", "train/loss_distill"):
         found, wanted = ([line[name] for line in each[1:]] for each in (lines, expected))
@@ -56,23 +56,23 @@ def assert_same_losses(workdir, reference):
 
 @pytest.mark.parametrize("layout", [HALVED, TWO_DEVICES], ids=["micro_batch halved", "two devices"])
 def test_another_layout_of_one_process_has_the_same_losses(layout, flags, one_process, tmp_path):
-    finish(runs.main(*flags, *layout, f"--workdir={tmp_path / 'run'}"))
+    finish(processes.main(*flags, *layout, f"--workdir={tmp_path / 'run'}"))
     assert_same_losses(tmp_path / "run", one_process)
 
 
 def test_two_processes_have_the_same_losses(flags, one_process, tmp_path):
-    finish(*runs.workers(2, *flags, *TWO_WORKERS, f"--workdir={tmp_path / 'run'}"))
+    finish(*processes.workers(2, *flags, *TWO_WORKERS, f"--workdir={tmp_path / 'run'}"))
     assert_same_losses(tmp_path / "run", one_process)
 
 
 def test_a_run_moves_between_layouts_and_keeps_its_losses(flags, one_process, tmp_path):
     workdir = tmp_path / "run"
     for layout, last in ((TWO_DEVICES, 4), (HALVED, 10)):
-        with runs.main(*flags, *layout, f"--workdir={workdir}") as process:
+        with processes.main(*flags, *layout, f"--workdir={workdir}") as process:
             process.wait_for(rf"update {last}/")
             process.send(signal.SIGTERM)
             assert process.code() == 42, process.output()
-    chief, other = runs.workers(2, *flags, *TWO_WORKERS, f"--workdir={workdir}")
+    chief, other = processes.workers(2, *flags, *TWO_WORKERS, f"--workdir={workdir}")
     finish(chief, other)
     assert "continuing" in chief.output() and "continuing" in other.output()
     assert_same_losses(workdir, one_process)
