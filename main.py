@@ -38,7 +38,7 @@ def main(_) -> int:
 
     import tensorflow as tf  # only now: a bad flag is answered in a second
 
-    from deit import evaluate, plan, runtime, signals, teachers
+    from deit import evaluate, plan, runtime, signals, teachers, workers
     from deit.models import factory
 
     if MODE.value == "eval":
@@ -57,7 +57,7 @@ def main(_) -> int:
     except tf.errors.OpError as error:  # a peer that was there and is gone
         cli.complain(f"the workers did not come together, start all again: {error}")
         return runtime.PEER_LOST
-    place = runtime.place(strategy)
+    place = workers.place(strategy)
     with signals.listening(alone=place.count == 1) as stop:  # at once: until now TensorFlow swallows SIGTERM
         if place.count > 1:
             logging.info("cluster of %d workers is up, this is worker %d", place.count, place.index)
@@ -66,16 +66,16 @@ def main(_) -> int:
 
 def train(config, workdir: Path, strategy, stop) -> int:
     """Train in a workdir that the chief locks and makes, only once everything fits; a teacher to train comes first."""
-    from deit import guard, job, loop, plan, runtime
+    from deit import guard, job, loop, plan, runtime, workers
 
     with contextlib.ExitStack() as held:
         try:
-            with runtime.chief_first(strategy):  # it may prepare the data
+            with workers.chief_first(strategy):  # it may prepare the data
                 replicas = strategy.num_replicas_in_sync
                 student, teacher = job.prepare(config, workdir, replicas=replicas), None
                 if config.teacher.kind == "train":
                     teacher = job.prepare_teacher(student, replicas=replicas)
-            chief = runtime.place(strategy).chief
+            chief = workers.place(strategy).chief
             for each in filter(None, (student, teacher) if chief else ()):
                 held.enter_context(run_directory.lock(each.workdir, patience=runtime.lock_patience()))
             if teacher is not None:
@@ -91,7 +91,7 @@ def train(config, workdir: Path, strategy, stop) -> int:
             cli.complain(str(error))
             return runtime.DIVERGED
         except Exception as error:
-            told = runtime.lost_peer(error, strategy)
+            told = workers.lost_peer(error, strategy)
             if not told:
                 raise
             cli.complain(f"another worker of this run is gone, start all again ({told})")

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from deit import runtime
+from deit import workers
 from deit.data import sources, stream
 
 
 def share(config, strategy: tf.distribute.Strategy) -> tuple[int, int]:
     """Return (first, count): which examples of every global batch this process reads."""
-    place = runtime.place(strategy)
+    place = workers.place(strategy)
     count = config.global_batch // place.count
     return place.index * count, count
 
@@ -58,7 +58,7 @@ def batches(
 
 
 def _replicas_here(strategy: tf.distribute.Strategy) -> int:
-    return strategy.num_replicas_in_sync // runtime.place(strategy).count
+    return strategy.num_replicas_in_sync // workers.place(strategy).count
 
 
 def local(strategy: tf.distribute.Strategy, value) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from deit import losses, runtime, train_step
+from deit import losses, train_step, workers
 from deit import workdir as run_directory
 from deit.data import mixing, sources, stream
 from deit.teachers import labels
@@ -113,7 +113,7 @@ class Guard:
         try:
             rows = {name: value.numpy() for name, value in self._find(dict(batch), answers).items()}
         except tf.errors.ResourceExhaustedError:  # training fitted; that this does not must not end it
-            if runtime.place(self._strategy).count > 1:
+            if workers.place(self._strategy).count > 1:
                 raise  # the others wait in the collective: they are to lose this one rather than wait for ever
             logging.warning("update %d: there is no memory to find which examples it was", step)
             return []

@@ -12,7 +12,7 @@ from pathlib import Path
 import tensorflow as tf
 from absl import logging
 
-from deit import checkpoint, feed, guard, job, memory, plan, recorder, runtime, signals, train_step
+from deit import checkpoint, feed, guard, job, memory, plan, recorder, signals, train_step, workers
 from deit.data import stream, unreadable
 from deit.models import factory
 from deit.teachers import labeller
@@ -41,16 +41,16 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
     requested in any worker; TensorFlow's where a worker is lost. On every error the newest checkpoint stays.
     """
     config, workdir = run.config, run.workdir
-    place, stop = runtime.place(strategy), stop or signals.Stop()
+    place, stop = workers.place(strategy), stop or signals.Stop()
     job.check_workdir(config, workdir)  # again: another process may have written it before it was locked
     total = config.resolved.total_updates
-    runtime.agree(strategy, job.fingerprint(run), "configuration or data")
+    workers.agree(strategy, job.fingerprint(run), "configuration or data")
     newest = resume_point(workdir, strategy)
     if newest is not None and checkpoint.step_of(newest) >= total:
         return finished(newest, workdir)
 
     # --- Teacher, student and the state of the run --------------------------------------------------------
-    with runtime.chief_first(strategy):  # it may download
+    with workers.chief_first(strategy):  # it may download
         teacher = labeller.open_labeller(
             config, strategy, workdir=workdir, train_source=run.train_source, eval_source=run.eval_source
         )
@@ -67,7 +67,7 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
             tensors, manifest = checkpoint.read(newest)
             job.check_versions(manifest["versions"], versions, workdir)
             train_step.restore(state, tensors)
-    runtime.agree(strategy, versions["teacher"], "the teacher that they find")
+    workers.agree(strategy, versions["teacher"], "the teacher that they find")
     step = int(state.step.numpy())
     if place.chief:
         taught_by = teacher.describe() if teacher is not None else "none"
@@ -101,7 +101,7 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
             at_exit.enter_context(record)
         if newest is not None:
             logging.info("continuing %s after update %d of %d", workdir, step, total)
-        leaving = runtime.total(strategy, int(stop.requested)) > 0  # asked before there was anything to save
+        leaving = workers.total(strategy, int(stop.requested)) > 0  # asked before there was anything to save
         while step < total and not leaving:
             batch = next(iterator)
             rate = float(learning_rate(step))
@@ -118,7 +118,7 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
             leaving = vector[_STOP] > 0
             if record is not None:
                 record.after(step, vector, rate, leaving=leaving)
-    runtime.barrier(strategy)  # the chief has saved: who leaves earlier takes the others with it
+    workers.barrier(strategy)  # the chief has saved: who leaves earlier takes the others with it
     if step < total:
         raise Preempted(f"{workdir} stopped after update {step} of {total}: the same command continues")
     if config.teacher.cache != "off":
@@ -131,11 +131,11 @@ def resume_point(workdir: Path, strategy: tf.distribute.Strategy) -> Path | None
 
     Errors: UserError where none is valid, or a worker does not see the chief's: the workdir must be shared.
     """
-    if runtime.place(strategy).chief:
+    if workers.place(strategy).chief:
         newest = checkpoint.newest(workdir, set_aside=True)
-        runtime.from_chief(strategy, -1 if newest is None else checkpoint.step_of(newest))
+        workers.from_chief(strategy, -1 if newest is None else checkpoint.step_of(newest))
         return newest
-    step = runtime.from_chief(strategy, 0)
+    step = workers.from_chief(strategy, 0)
     return None if step < 0 else checkpoint.wait_for(workdir, step, patience=_PATIENCE)
 
 

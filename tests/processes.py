@@ -12,6 +12,12 @@ from pathlib import Path
 from deit import cluster
 
 ROOT = Path(__file__).resolve().parents[1]
+# A run so small that starting it takes most of the time, with every augmentation, drop-path and the averages on.
+SMALL = [
+    "--config.data.name=digits", "--config.data.train_split=train", "--config.data.eval_split=test",
+    "--config.data.image_size=32", "--config.model.drop_path=0.2", "--config.global_batch=32",
+    "--config.augment.mix_group=8",
+]  # fmt: skip
 PATIENCE = 600  # seconds after which a test fails rather than waits on, also on a busy machine
 
 

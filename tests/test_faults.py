@@ -16,9 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TOTAL = 12
 FLAGS = [
     f"--config={processes.ROOT / 'configs'}/deit_tiny_flowers.py:full_scratch",
-    "--config.data.name=digits", "--config.data.train_split=train", "--config.data.eval_split=test",
-    "--config.data.image_size=32", "--config.model.variant=deit_micro_patch8_32", "--config.model.drop_path=0.2",
-    "--config.global_batch=32", "--config.micro_batch=16", "--config.augment.mix_group=8",
+    *processes.SMALL, "--config.model.variant=deit_micro_patch8_32", "--config.micro_batch=16",
     f"--config.total_updates={TOTAL}", "--config.checkpoint.every_updates=2", "--config.eval.every_updates=5",
 ]  # fmt: skip
 

@@ -4,22 +4,18 @@ A start costs most of the time here, so each covers as much as it can: every aug
 the updates, and a kill while something is saved is a kill in the middle of an update, too.
 """
 
-import json
+import contextlib
 import random
-import re
 import signal
 import subprocess
-import sys
-import threading
-from pathlib import Path
 
+import processes
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 FLAGS = [
-    f"--config={ROOT / 'configs'}/deit_tiny_flowers.py:smoke",
+    f"--config={processes.ROOT / 'configs'}/deit_tiny_flowers.py:smoke",
     "--config.total_updates=10",
     "--config.checkpoint.every_updates=2",
     "--config.eval.every_updates=3",
@@ -35,79 +31,42 @@ FLAGS = [
     "--config.teacher.train.checkpoint.every_updates=2",
     "--config.teacher.train.log.every_updates=1",
 ]
-PATIENCE = 600  # seconds after which a test fails rather than waits on, also on a busy machine
 
 
-class Training:
-    """One process of main.py whose log lines are collected as they come."""
+class Training(processes.Process):
+    """One process of main.py."""
 
     def __init__(self, workdir, *flags):
         self.saves = {run: half_saved(run) for run in (workdir, workdir / "teacher")}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "main.py"), *FLAGS, *flags, f"--workdir={workdir}"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.lines, self.ended, self.news = [], False, threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
+        super().__init__(processes.ROOT / "main.py", *FLAGS, *flags, f"--workdir={workdir}")
 
     def kill_at_line(self, pattern):
         """Kill -9 as soon as a line matches."""
-        seen = self._wait_for(pattern)
-        self._kill()
-        assert seen, self.output()
-        assert self.process.returncode == -signal.SIGKILL, self.output()
+        with self:
+            self.wait_for(pattern)
+            self.send(signal.SIGKILL)
+            assert self.code() == -signal.SIGKILL, self.output()
 
     def kill_while_saving(self, run):
         """Kill -9 as soon as `run` has a half-written checkpoint that was not there before this process."""
-        seen = set()
-        while not seen and self.process.poll() is None:  # without a pause: it is there for milliseconds
-            seen = half_saved(run) - self.saves[run]
-        self._kill()
-        assert seen, self.output()
-        assert self.process.returncode == -signal.SIGKILL, self.output()
+        with self:
+            while not half_saved(run) - self.saves[run]:  # without a pause: it is there for milliseconds
+                assert self.process.poll() is None, self.output()
+            self.send(signal.SIGKILL)
+            assert self.code() == -signal.SIGKILL, self.output()
 
     def kill_after(self, seconds):
         """Kill -9 a time after the first update or the continuation, wherever that is, unless it is through by then."""
-        self._wait_for(r"update 1/|continuing")
-        try:
-            self.process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self._kill()
-        assert self.process.returncode in (0, -signal.SIGKILL), self.output()
+        with self:
+            self.wait_for(r"update 1/|continuing")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=seconds)
+            self.send(signal.SIGKILL)
+            assert self.code() in (0, -signal.SIGKILL), self.output()
 
     def finish(self):
-        try:
-            self.process.wait(timeout=PATIENCE)
-        finally:
-            self._kill()
-        assert self.process.returncode == 0, self.output()
-
-    def output(self):
-        return "".join(self.lines)
-
-    def _read(self):
-        with self.process.stderr as stderr:
-            for line in stderr:
-                with self.news:
-                    self.lines.append(line)
-                    self.news.notify_all()
-        with self.news:
-            self.ended = True
-            self.news.notify_all()
-
-    def _wait_for(self, pattern):
-        """Return whether a line matched before the process ended."""
-
-        def matched():
-            return any(re.search(pattern, line) for line in self.lines)
-
-        with self.news:
-            self.news.wait_for(lambda: matched() or self.ended, timeout=PATIENCE)
-            return matched()
-
-    def _kill(self):
-        self.process.send_signal(signal.SIGKILL)  # does nothing to a process that has been waited for
-        self.process.wait()
+        with self:
+            assert self.code() == 0, self.output()
 
 
 def half_saved(run):
@@ -116,15 +75,8 @@ def half_saved(run):
 
 
 def final(workdir):
-    """Return (state_sha256 of the last checkpoint, logged lines without wall-clock numbers) of teacher and student."""
-    found = {}
-    for name, run in (("teacher", workdir / "teacher"), ("student", workdir)):
-        newest = max((run / "checkpoints").glob("step-*"))
-        digest = json.loads((newest / "manifest.json").read_text())["state_sha256"]
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        lines = [{k: v for k, v in line.items() if not k.endswith("images_per_sec")} for line in lines]
-        found[name] = (newest.name, digest, lines)
-    return found
+    """Return (last checkpoint, its state_sha256, logged lines without wall-clock numbers) of teacher and student."""
+    return {"teacher": processes.final(workdir / "teacher"), "student": processes.final(workdir)}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from configs import base
-from deit import errors, runtime
+from deit import errors, runtime, workers
 
 
 def config(**changes):
@@ -30,7 +30,7 @@ def no_cluster(monkeypatch):
 def test_auto_is_one_device_also_where_there_are_several():
     assert len(tf.config.list_logical_devices("CPU")) == 2
     strategy = runtime.make_strategy(config())
-    assert strategy.num_replicas_in_sync == 1 and runtime.place(strategy) == runtime.Place(0, 1)
+    assert strategy.num_replicas_in_sync == 1 and workers.place(strategy) == workers.Place(0, 1)
 
 
 def test_more_devices_than_there_are_is_refused_with_both_numbers():
@@ -59,10 +59,10 @@ def test_only_a_mirrored_configuration_splits_the_cpu():
 
 @pytest.mark.parametrize("strategy", [devices.one_device, devices.two_cpus])
 def test_in_one_process_the_chief_agrees_with_itself(strategy):
-    assert runtime.place(strategy()).chief
-    assert runtime.from_chief(strategy(), 7) == runtime.total(strategy(), 7) == 7
-    with runtime.chief_first(strategy()):
-        runtime.barrier(strategy())
+    assert workers.place(strategy()).chief
+    assert workers.from_chief(strategy(), 7) == workers.total(strategy(), 7) == 7
+    with workers.chief_first(strategy()):
+        workers.barrier(strategy())
 
 
 UNAVAILABLE = tf.errors.UnavailableError(None, None, "Socket closed\nmore")
@@ -80,8 +80,8 @@ ABORTED = tf.errors.InternalError(None, None, "Graph execution error:\nCollectiv
     ],
 )
 def test_an_error_is_a_lost_peer_where_tensorflow_says_so_and_there_are_peers(monkeypatch, error, count, told):
-    monkeypatch.setattr(runtime, "place", lambda _: runtime.Place(0, count))
-    assert runtime.lost_peer(error, None) == told
+    monkeypatch.setattr(workers, "place", lambda _: workers.Place(0, count))
+    assert workers.lost_peer(error, None) == told
 
 
 def test_a_deadline_ends_the_process_by_sigalrm_and_a_block_in_time_restores_the_handlers():

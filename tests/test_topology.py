@@ -11,9 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TOTAL = 20
 FLAGS = [
     f"--config={processes.ROOT / 'configs'}/deit_tiny_flowers.py:full",
-    "--config.data.name=digits", "--config.data.train_split=train", "--config.data.eval_split=test",
-    "--config.data.image_size=32", "--config.model.variant=deit_micro_distilled_patch8_32",
-    "--config.model.drop_path=0.2", "--config.global_batch=32", "--config.augment.mix_group=8",
+    *processes.SMALL, "--config.model.variant=deit_micro_distilled_patch8_32",
     f"--config.total_updates={TOTAL}", "--config.checkpoint.every_updates=10", "--config.eval.every_updates=0",
 ]  # fmt: skip
 ONE = ["--config.micro_batch=8"]  # accum_steps 4

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from deit import errors, feed, runtime, teachers
+from deit import errors, feed, runtime, teachers, workers
 from deit.data import digest, sources
 from deit.teachers import base, cache, fingerprint, labels, report
 
@@ -59,7 +59,7 @@ class Labeller:
     def teacher(self) -> base.Teacher:
         """Return the teacher, built at the first call. Errors: UserError where it is not what it was at the start."""
         if self._teacher is None:
-            with runtime.local_scope(self._strategy):
+            with workers.local_scope(self._strategy):
                 built = self._build()
             if built.identity != self.identity:  # its answers would be kept, or told, as another one's
                 raise errors.UserError(
@@ -175,7 +175,7 @@ def open_labeller(
     if config.teacher.kind == "none":
         return None
     classes, mode = config.resolved.classes, config.teacher.cache
-    if mode in ("write", "readwrite") and runtime.place(strategy).count > 1:
+    if mode in ("write", "readwrite") and workers.place(strategy).count > 1:
         raise errors.UserError(
             f"teacher.cache ({mode!r}) must be 'read' or 'off' with several workers: each has a part of a chunk; "
             "tools/cache_teacher.py fills the cache ahead, in as many shards as there are machines"
@@ -187,7 +187,7 @@ def open_labeller(
     if mode == "off":
         if config.teacher.cache_dir:
             logging.warning("teacher.cache_dir (%s) is not used: teacher.cache is 'off'", config.teacher.cache_dir)
-        with runtime.local_scope(strategy):
+        with workers.local_scope(strategy):
             teacher = build()
         found = Labeller(config, strategy, lambda: teacher, identity=teacher.identity)
         found.teacher()  # at once: it is used, and the plan describes it
