@@ -3,8 +3,7 @@
 Needs:  the environment of main.py and free ports of 127.0.0.1; with a list in CUDA_VISIBLE_DEVICES a device a worker.
 Starts: python launch/local.py -n 2 -- --config=configs/FILE.py [main.py's flags ...], each worker with its TF_CONFIG.
 Resume: the same command goes on from the newest checkpoint; after a crash or a preemption the supervisor does it.
-Watch:  worker 0's lines and every warning here, all lines in WORKDIR/logs/worker-N.log; `--verbose` shows all here.
-        They are made before main.py checks its flags: after a mistyped one, a new WORKDIR has nothing but logs.
+Watch:  worker 0's lines and all warnings here, every line in WORKDIR/logs/worker-N.log (made even for a bad flag).
 Stop:   Ctrl-C or SIGTERM: the workers save and end, nothing is restarted. A third signal kills them.
 """
 
