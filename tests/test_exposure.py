@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.runs import workers
+
+from tests.processes import workers
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600  # seconds after which a run fails rather than waits on
