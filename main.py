@@ -54,7 +54,9 @@ def main(_) -> int:
         return runtime.DONE
     try:
         strategy = runtime.make_strategy(config)
-    except tf.errors.OpError as error:  # a peer that was there and is gone
+    except tf.errors.OpError as error:
+        if not runtime.in_cluster():
+            raise
         cli.complain(f"the workers did not come together, start all again: {error}")
         return runtime.PEER_LOST
     place = workers.place(strategy)
@@ -100,7 +102,7 @@ def train(config, workdir: Path, strategy, stop) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process: as one of several workers at once."""
+    """End the process with an exit code."""
     if "deit.runtime" in sys.modules:
         sys.modules["deit.runtime"].leave(code)
     sys.exit(code)

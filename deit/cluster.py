@@ -37,11 +37,6 @@ class Cluster:
     index: int
 
     @property
-    def chief(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.index == 0
-
-    @property
     def size(self) -> int:
         """How many processes there are."""
         return len(self.workers)

@@ -7,6 +7,7 @@ found, stop after the same update, and only the chief writes.
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 
 import tensorflow as tf
@@ -44,6 +45,8 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
     place, stop = workers.place(strategy), stop or signals.Stop()
     job.check_workdir(config, workdir)  # again: another process may have written it before it was locked
     total = config.resolved.total_updates
+    if place.count == 1 and stop.requested:  # in the last moments of a teacher's training
+        raise Preempted(f"{workdir} was not begun or continued: the same command does it")
     workers.agree(strategy, job.fingerprint(run), "configuration or data")
     newest = resume_point(workdir, strategy)
     if newest is not None and checkpoint.step_of(newest) >= total:
@@ -54,13 +57,18 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
         teacher = labeller.open_labeller(
             config, strategy, workdir=workdir, train_source=run.train_source, eval_source=run.eval_source
         )
-    with strategy.scope():
-        network = factory.build(
+        build = functools.partial(
+            factory.build,
             config.model,
             num_classes=len(config.resolved.classes),
             image_size=config.data.image_size,
             precision=config.precision,
+            load_weights=newest is None,  # a checkpoint has them
         )
+        if place.count > 1 and newest is None and config.model.variant == "backbone":
+            build()  # for its download: two at once would write one file
+    with strategy.scope():
+        network = build()
         state = train_step.create_state(config, network)
         versions = job.versions(teacher)
         if newest is not None:
@@ -111,7 +119,8 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
                 # The one read of the device; a cache looks at the weights, too.
                 vector = update(batch, answers, tf.constant(float(stop.requested))).numpy()
             step += 1
-            check(vector, step, batch, answers, rate)
+            with memory.advised(config, "micro_batch", prefix=run.prefix):  # it may look at the batch once more
+                check(vector, step, batch, answers, rate)
             if guard.missing(config, vector):
                 lost.note(*(feed.local(strategy, batch[name]) for name in ("position", "weight")))
                 lost.check(state.bad_images.numpy(), step)

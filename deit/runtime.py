@@ -94,7 +94,11 @@ def _multi_worker(workers: cluster.Cluster, startup_seconds: float) -> tf.distri
     os.environ["TF_CONFIG"] = workers.tf_config()  # as TensorFlow wants it, whatever wrote it
     gpus = tf.config.list_physical_devices("GPU")
     if len(gpus) > 1:
-        tf.config.set_visible_devices(gpus[workers.local_rank % len(gpus)], "GPU")
+        if workers.local_rank >= len(gpus):
+            raise errors.UserError(
+                f"TF_CONFIG has more workers on this machine than its {len(gpus)} GPUs: each takes one of its own"
+            )
+        tf.config.set_visible_devices(gpus[workers.local_rank], "GPU")
     _wait_for_port(workers.address)
     logging.info(
         "worker %d of %d, %s, waits for the others, at most %.0f s",
@@ -187,6 +191,11 @@ def _tpu(name: str) -> tf.distribute.Strategy:
     if strategy.extended.num_hosts > 1:
         raise errors.UserError(f"tpu ({name!r}) has {strategy.extended.num_hosts} hosts: only one host is supported")
     return strategy
+
+
+def in_cluster() -> bool:
+    """Return whether this process is one of several workers, or is about to be."""
+    return bool(_CLUSTER)
 
 
 def lock_patience() -> float:

@@ -50,6 +50,9 @@ class Stop:
             logging.warning("%s: nothing is there to be saved, the same command continues", name)
             logging.flush()
             os._exit(_PREEMPTED)
+        elif self._count == 1 and not self._training:
+            self.requested = True
+            logging.warning("%s: the workers stop together once all are ready, then end with exit code 42", name)
         elif self._count == 1:
             self.requested = True
             logging.warning("%s: the run is saved after the update under way, then it ends with exit code 42", name)

@@ -20,7 +20,7 @@ def tf_config(jobs, kind="worker", index=0, **more):
 def test_a_plain_cluster_is_read_as_it_stands():
     found = cluster.from_environment(tf_config({"worker": ["a:1", "b:2"]}, index=1))
     assert found == cluster.Cluster(("a:1", "b:2"), 1)
-    assert (found.size, found.chief, found.address) == (2, False, "b:2")
+    assert (found.size, found.index, found.address) == (2, 1, "b:2")
 
 
 KUBEFLOW = {"chief": ["deit-chief-0.ns.svc:2222"], "worker": ["deit-worker-0.ns.svc:2222", "deit-worker-1.ns.svc:2222"]}
@@ -34,7 +34,7 @@ def test_kubeflow_s_chief_becomes_worker_0_and_its_workers_follow(chief, kind, i
     kind = chief if kind == "chief" else kind
     found = cluster.from_environment(tf_config(jobs, kind, index, environment="cloud"))
     assert found == cluster.Cluster(KUBEFLOW_WORKERS, place)
-    assert found.chief == (kind == chief)
+    assert (found.index == 0) == (kind == chief)
 
 
 def test_what_is_written_is_read_again_and_names_only_workers():
