@@ -332,7 +332,7 @@ def test_of_a_batch_without_a_readable_image_the_reason_is_written_and_no_losses
 def test_an_overflow_of_the_loss_scale_is_no_warning_and_leaves_no_file(run_of, tmp_path, caplog):
     run = run_of(precision="mixed_float16")
     run.state.loss_scale.assign(2.0**40)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         named = run.skip(run.guard(tmp_path), run.batch())
     assert named["finite"] == 0
     (record,) = [each for each in caplog.records if each.name == "absl"]
