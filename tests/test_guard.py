@@ -150,7 +150,7 @@ def entry(run, batch, row, **values):
 
 
 @pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)], ids=LAYOUTS)
-@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)], ids=["nan", "inf"])
 def test_the_one_example_whose_loss_is_not_finite_is_named_wherever_it_is(run_of, tmp_path, caplog, replicas, value):
     run = run_of(replicas)
     row = BATCH - 3  # of the last replica only
@@ -233,6 +233,7 @@ def test_a_class_that_the_teacher_could_not_give_is_found_and_the_loss_beside_it
     assert all(0 < each["loss"] < 10 for each in record["offending"])
 
 
+@pytest.mark.slow
 def test_where_only_a_gradient_is_not_finite_the_examples_of_its_micro_batch_are_named(tmp_path, monkeypatch):
     whole = losses.objective
 

@@ -95,7 +95,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_answers_are_those_of_the_teacher_bit_by_bit_and_it_is_not_built_for_them(
     teacher, tmp_path, monkeypatch, kind, replicas

@@ -182,6 +182,7 @@ def test_the_pause_doubles_to_a_minute_and_begins_anew_after_a_checkpoint(tmp_pa
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 1, 2, 4, 8, 16, 32, 60, 60]
 
 
+@pytest.mark.slow  # it waits ten seconds: on a busy machine a process may need some of them to come up
 def test_workers_that_are_not_up_in_time_are_killed_and_started_again(tmp_path):
     body = "on_term(signal.SIG_IGN)\nif start > 1 or index == 0: up()\nif start == 1: wait()"
     code, lines = supervise(tmp_path, body, startup=10.0)  # on a busy machine an interpreter may take seconds

@@ -185,6 +185,7 @@ def test_a_teacher_below_its_least_accuracy_leaves_no_trace_of_the_run(finished,
     assert list((tmp_path / "student").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_unreadable_pictures_are_named_once_counted_and_too_many_end_the_run(tmp_path, caplog):
     flowers = tmp_path / "pictures"
     rng = np.random.RandomState(0)
