@@ -115,8 +115,8 @@ def test_a_backbone_with_statistics_trains_in_two_workers_and_goes_on_to_the_sam
     flags = [
         f"--config={processes.ROOT / 'configs'}/quickstart.py:scratch", "--config.model.variant=backbone",
         "--config.model.backbone=MobileNet", f"--config.model.weights={weights}", "--config.global_batch=32",
-        "--config.micro_batch=16", "--config.total_updates=6", "--config.checkpoint.every_updates=1",
-        "--config.eval.every_updates=0",
+        "--config.micro_batch=16", "--config.total_updates=10", "--config.checkpoint.every_updates=1",
+        "--config.eval.every_updates=0", "--config.log.every_updates=1",
     ]  # fmt: skip
     for name, stopped in (("whole", False), ("stopped", True), ("stopped", False)):
         group = processes.workers(2, *flags, f"--workdir={tmp_path / name}")
