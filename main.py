@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import config_flags
 
-from deit import cli, rules
+from deit import cli, cluster, errors, rules
 from deit import workdir as run_directory
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -43,7 +43,7 @@ def main(_) -> int:
 
     if MODE.value == "eval":
         print(evaluate.table(evaluate.checkpointed(workdir, data_dir=config.data.data_dir)[1].metrics))
-        return runtime.DONE
+        return errors.DONE
     for each in (config, config.teacher.train) if config.teacher.kind == "train" else (config,):
         factory.check(each.model, each.data.image_size)
         if MODE.value == "train":  # a plan may be ahead of its teacher
@@ -51,18 +51,18 @@ def main(_) -> int:
     runtime.prepare(config.precision, logical_cpus=runtime.logical_cpus(config))
     if MODE.value == "plan":
         print(plan.offline(config, replicas=runtime.replicas(config)))
-        return runtime.DONE
+        return errors.DONE
     try:
         strategy = runtime.make_strategy(config)
     except tf.errors.OpError as error:
         if not runtime.in_cluster():
             raise
         cli.complain(f"the workers did not come together, start all again: {error}")
-        return runtime.PEER_LOST
+        return errors.PEER_LOST
     place = workers.place(strategy)
     with signals.listening(alone=place.count == 1) as stop:  # at once: until now TensorFlow swallows SIGTERM
         if place.count > 1:
-            logging.info("cluster of %d workers is up, this is worker %d", place.count, place.index)
+            logging.info("%s, this is worker %d", cluster.up(place.count), place.index)
         return train(config, workdir, strategy, stop)
 
 
@@ -88,17 +88,17 @@ def train(config, workdir: Path, strategy, stop) -> int:
             loop.train(student, strategy=strategy, stop=stop)
         except loop.Preempted as ended:
             logging.info("%s", ended)
-            return runtime.PREEMPTED
+            return errors.PREEMPTED
         except guard.Diverged as error:
             cli.complain(str(error))
-            return runtime.DIVERGED
+            return errors.DIVERGED
         except Exception as error:
             told = workers.lost_peer(error, strategy)
             if not told:
                 raise
             cli.complain(f"another worker of this run is gone, start all again ({told})")
-            return runtime.PEER_LOST
-    return runtime.DONE
+            return errors.PEER_LOST
+    return errors.DONE
 
 
 def leave(code: int) -> None:

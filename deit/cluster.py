@@ -57,6 +57,11 @@ class Cluster:
         return json.dumps({"cluster": {"worker": list(self.workers)}, "task": task})
 
 
+def up(size: int) -> str:
+    """Return how a worker's log says that all are connected: a supervisor waits for it."""
+    return f"cluster of {size} workers is up"
+
+
 def from_environment(environment: Mapping[str, str]) -> Cluster | None:
     """Return the cluster of TF_CONFIG, None where that is unset or empty or names only one process.
 

@@ -1,4 +1,4 @@
-"""What knows about devices and how a process starts and ends: strategy, precision, determinism, ports, exit codes.
+"""What knows about devices and how a process starts and ends: strategy, precision, determinism, ports.
 
 Promises: `prepare` is called once, before anything touches a device; the same command on the same machine and
 layout computes the same bits. `strategy=auto` is one device, the first GPU or else the CPU, even where there are more,
@@ -21,9 +21,6 @@ import tensorflow as tf
 from absl import logging
 
 from deit import cluster, errors
-
-# Exit codes; `cli` has 1 for errors and 130 for a Ctrl-C before there is anything to save.
-DONE, PEER_LOST, DIVERGED, PREEMPTED = 0, 3, 4, 42
 
 _ONEDNN = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
 _PORT_PATIENCE = 30.0  # seconds a process waits for its port: one that was just killed may still hold it

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 
 from absl import logging
 
-_PREEMPTED = 42  # exit code
+from deit import errors
+
 _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -49,7 +50,7 @@ class Stop:
         if self._count == 1 and self._alone and not self._training:
             logging.warning("%s: nothing is there to be saved, the same command continues", name)
             logging.flush()
-            os._exit(_PREEMPTED)
+            os._exit(errors.PREEMPTED)
         elif self._count == 1 and not self._training:
             self.requested = True
             logging.warning("%s: the workers stop together once all are ready, then end with exit code 42", name)

@@ -59,7 +59,7 @@ def main(argv: Sequence[str], program: Path = ROOT / "main.py") -> int:
         cli.complain(str(error))
     except OSError as error:
         cli.complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    return supervisor.ERROR
+    return errors.ERROR
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -112,7 +112,7 @@ def keep_going(group: supervisor.Supervisor, workdir: Path, *, max_restarts: int
                 capped = f"no new checkpoint in {fruitless} restarts, giving up"
                 why = capped if max_restarts else "restarts are off (--max-restarts 0)"
                 group.log(f"error: {why}: {last_words(workers)}")
-                return supervisor.PEER_LOST
+                return errors.PEER_LOST
             fruitless += 1
             group.log(f"restart in {pause:g} s, {fruitless} of at most {max_restarts} since the newest checkpoint")
             group.pause(pause)
@@ -130,7 +130,7 @@ def verdict(workers: Sequence[supervisor.Worker]) -> int | None:
     own = [each.code for each in workers if supervisor.is_error(each.code) and not each.stopped]
     if own:
         return min(own, key=_rank)
-    return None if any(each.code for each in workers) else supervisor.DONE
+    return None if any(each.code for each in workers) else errors.DONE
 
 
 def interrupted(codes: Sequence[int]) -> int:
@@ -141,10 +141,10 @@ def interrupted(codes: Sequence[int]) -> int:
 
 def _rank(code: int) -> int:
     """Order by gravity, the gravest first: errors, then whether something was saved, "done" last."""
-    known = [supervisor.DIVERGED, supervisor.ERROR, None, supervisor.PREEMPTED, supervisor.PEER_LOST]
+    known = [errors.DIVERGED, errors.ERROR, None, errors.PREEMPTED, errors.PEER_LOST]
     if code in known:
         return known.index(code)
-    return 2 if supervisor.is_error(code) else 9 if code == supervisor.DONE else 5
+    return 2 if supervisor.is_error(code) else 9 if code == errors.DONE else 5
 
 
 def last_words(workers: Sequence[supervisor.Worker]) -> str:

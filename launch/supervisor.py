@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-DONE, ERROR, PEER_LOST, DIVERGED, PREEMPTED = 0, 1, 3, 4, 42  # what main.py's exit codes mean
+from deit import cluster, errors
+
 _MEANING = {
-    DONE: "done",
-    ERROR: "an error",
-    PEER_LOST: "lost a peer",
-    DIVERGED: "diverged",
-    PREEMPTED: "preempted after saving",
+    errors.DONE: "done",
+    errors.ERROR: "an error",
+    errors.PEER_LOST: "lost a peer",
+    errors.DIVERGED: "diverged",
+    errors.PREEMPTED: "preempted after saving",
 }
 LINGER = 15.0  # s in which the peers of a dead or preempted worker end by themselves: a heartbeat takes nine
 _TAIL = 10  # lines of a failed worker to show: what says why may be no line with "error:"
@@ -52,7 +53,7 @@ def explain(index: int, code: int) -> str:
 
 def says_up(line: str, workers: int) -> bool:
     """Return whether a line of main.py tells that a worker is past the part of the start that ignores TERM."""
-    return workers == 1 or f"cluster of {workers} workers is up" in line
+    return workers == 1 or cluster.up(workers) in line
 
 
 def _name(number: int) -> str:
@@ -68,7 +69,7 @@ def _by_signal(code: int) -> bool:
 
 def is_error(code: int) -> bool:
     """Return whether the program itself went wrong, so that the next start would too."""
-    return code > 0 and code not in (PEER_LOST, PREEMPTED) and not _by_signal(code)
+    return code > 0 and code not in (errors.PEER_LOST, errors.PREEMPTED) and not _by_signal(code)
 
 
 def to_terminal(line: str) -> None:
@@ -249,7 +250,7 @@ class Supervisor:
         """Return the seconds that the others have after an end with this code."""
         if is_error(code):
             return 0.0
-        return self._grace if code in (DONE, PREEMPTED) else min(self._grace, LINGER)
+        return self._grace if code in (errors.DONE, errors.PREEMPTED) else min(self._grace, LINGER)
 
     def _on_signal(self, number: int) -> None:
         self.signals.append(number)

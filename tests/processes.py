@@ -18,6 +18,17 @@ SMALL = [
     "--config.data.image_size=32", "--config.model.drop_path=0.2", "--config.global_batch=32",
     "--config.augment.mix_group=8",
 ]  # fmt: skip
+
+
+def scratch(*, total, micro_batch):
+    """Return the flags of such a run without a teacher, saved every second update and evaluated every fifth."""
+    return [
+        f"--config={ROOT / 'configs'}/deit_tiny_flowers.py:full_scratch", *SMALL,
+        "--config.model.variant=deit_micro_patch8_32", f"--config.micro_batch={micro_batch}",
+        f"--config.total_updates={total}", "--config.checkpoint.every_updates=2", "--config.eval.every_updates=5",
+    ]  # fmt: skip
+
+
 PATIENCE = 600  # seconds after which a test fails rather than waits on, also on a busy machine
 
 

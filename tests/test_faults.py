@@ -14,11 +14,7 @@ from deit import checkpoint, summaries
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TOTAL = 12
-FLAGS = [
-    f"--config={processes.ROOT / 'configs'}/deit_tiny_flowers.py:full_scratch",
-    *processes.SMALL, "--config.model.variant=deit_micro_patch8_32", "--config.micro_batch=16",
-    f"--config.total_updates={TOTAL}", "--config.checkpoint.every_updates=2", "--config.eval.every_updates=5",
-]  # fmt: skip
+FLAGS = processes.scratch(total=TOTAL, micro_batch=16)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def main(_) -> int:
         raise errors.UserError(f"--json ({JSON.value}) must be a file in an existing directory")
     checkpoint.locate(CKPT.value)
 
-    from deit import evaluate, runtime  # TensorFlow starts only now, with everything checked that can be
+    from deit import evaluate  # TensorFlow starts only now, with everything checked that can be
 
     step, report = evaluate.checkpointed(
         CKPT.value,
@@ -36,7 +36,7 @@ def main(_) -> int:
     if JSON.value:
         content = {"step": step, "checkpoint": str(CKPT.value), **report.metrics}
         Path(JSON.value).write_text(json.dumps(content, indent=2) + "\n")
-    return runtime.DONE
+    return errors.DONE
 
 
 if __name__ == "__main__":
