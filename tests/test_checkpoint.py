@@ -603,12 +603,15 @@ def test_after_kill_9_at_any_moment_the_newest_is_the_last_or_the_one_after(tmp_
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=draws.uniform(0.0, 0.01))
             process.send_signal(signal.SIGKILL)
-            lines += process.stdout.read().splitlines()  # communicate() would lose lines that are buffered already
+            # communicate() would lose lines that are buffered already.
+            lines += process.stdout.read().splitlines(keepends=True)
             complaints = process.stderr.read()
         assert process.returncode == -signal.SIGKILL, complaints
         assert int(lines[0].split()[1]) >= announced
-        # "start N" announces too: the process before may have been killed between its commit and its line.
-        announced = max(int(line.split()[1]) for line in lines if line.startswith(("start", "saved")))
+        # "start N" announces too: the process before may have been killed between its commit and its line. A line that
+        # the kill cut short announces nothing.
+        whole = [line for line in lines if line.endswith("\n") and line.startswith(("start", "saved"))]
+        announced = max(int(line.split()[1]) for line in whole)
         found = checkpoint.newest(tmp_path, set_aside=False)
         if found is None:
             assert announced == 0
