@@ -22,7 +22,7 @@ quickstart: $(READY)
 	$(BIN)/python tools/compare_runs.py $(RUNS)/teacher $(RUNS)/scratch $(RUNS)/distilled
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

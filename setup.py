@@ -33,6 +33,7 @@ EXTRAS = {
     "test": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",  # a hanging test fails instead of stopping the suite
+        "pytest-xdist>=3.6,<4",  # two test files at a time: half the time on two cores
         "scipy>=1.15,<2",  # distributions that random draws are held against; scikit-learn brings it anyway
         "ruff>=0.17,<0.18",  # another minor version may format otherwise
         "packaging>=24",  # compares the ranges above with constraints.txt
