@@ -1,7 +1,9 @@
 """The one MirroredStrategy of the test process: two of them share collective keys, and their all-reduces collide."""
 
 import functools
+from collections.abc import Mapping
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -14,3 +16,17 @@ def two_cpus() -> tf.distribute.MirroredStrategy:
 def one_device() -> tf.distribute.OneDeviceStrategy:
     """Return the strategy of a single CPU."""
     return tf.distribute.OneDeviceStrategy("/cpu:0")
+
+
+def spread(strategy: tf.distribute.Strategy, values: Mapping[str, np.ndarray]) -> dict:
+    """Hand each replica its contiguous slice of every array."""
+    replicas = strategy.num_replicas_in_sync
+    parts = [{name: tf.constant(np.split(v, replicas)[r]) for name, v in values.items()} for r in range(replicas)]
+    if replicas == 1:
+        return parts[0]
+    return {
+        name: strategy.experimental_distribute_values_from_function(
+            lambda context, name=name: parts[context.replica_id_in_sync_group][name]
+        )
+        for name in values
+    }

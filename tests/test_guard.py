@@ -85,30 +85,18 @@ class Run:
         )
         return {name: value.copy() for name, value in next(batches.as_numpy_iterator()).items()}
 
-    def spread(self, values):
-        replicas = self.config.resolved.replicas
-        parts = [{name: tf.constant(np.split(v, replicas)[r]) for name, v in values.items()} for r in range(replicas)]
-        if replicas == 1:
-            return parts[0]
-        return {
-            name: self.strategy.experimental_distribute_values_from_function(
-                lambda context, name=name: parts[context.replica_id_in_sync_group][name]
-            )
-            for name in values
-        }
-
     def skip(self, watch, batch, answers=None, step=STEP):
         """Update on a batch that is skipped, have the guard look at it, return what the update returned."""
-        batch = self.spread(batch)
-        answers = None if answers is None else self.spread(answers)
+        batch = devices.spread(self.strategy, batch)
+        answers = None if answers is None else devices.spread(self.strategy, answers)
         vector = self.step(batch, answers).numpy()
         watch(vector, step, batch, answers, 0.25)
         return dict(zip(train_step.METRICS, vector.tolist()))
 
     def look(self, watch, batch, answers=None, **values):
         """Have the guard look at a batch as if an update had returned `values`: half of the tracing."""
-        answers = None if answers is None else self.spread(answers)
-        watch(metrics(**values), STEP, self.spread(batch), answers, 0.25)
+        answers = None if answers is None else devices.spread(self.strategy, answers)
+        watch(metrics(**values), STEP, devices.spread(self.strategy, batch), answers, 0.25)
 
 
 @pytest.fixture(scope="module")

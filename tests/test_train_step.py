@@ -80,38 +80,21 @@ class Run:
             batch |= {name: value.numpy() for name, value in drawn.items()}
         return batch
 
-    def distribute(self, batch):
-        """Hand each replica its contiguous slice."""
-        replicas = self.strategy.num_replicas_in_sync
-        share = BATCH // replicas
-        parts = [
-            {name: tf.constant(value[r * share : (r + 1) * share]) for name, value in batch.items()}
-            for r in range(replicas)
-        ]
-        if replicas == 1:
-            return parts[0]
-        return {
-            name: self.strategy.experimental_distribute_values_from_function(
-                lambda context, name=name: parts[context.replica_id_in_sync_group][name]
-            )
-            for name in batch
-        }
-
     def update(self, batch):
-        batch = self.distribute(batch)
+        batch = devices.spread(self.strategy, batch)
         return dict(zip(train_step.METRICS, self.step(batch, self.answers(batch)).numpy().tolist()))
 
     def answers(self, batch):
         return self.strategy.run(self.label, args=(batch,))
 
     def gradients(self, batch):
-        batch = self.distribute(batch)
+        batch = devices.spread(self.strategy, batch)
         per_replica, _ = self.strategy.run(self.gradient, args=(batch, self.answers(batch)))
         return [self.strategy.experimental_local_results(g)[0].numpy() for g in per_replica]
 
     def losses(self, batch):
         """Return the metrics of a batch without an update, on one device."""
-        batch = self.distribute(batch)
+        batch = devices.spread(self.strategy, batch)
         _, sums = self.strategy.run(self.gradient, args=(batch, self.answers(batch)))
         return dict(zip(train_step.METRICS, sums.numpy().tolist()))
 
@@ -284,7 +267,7 @@ def test_an_update_in_which_the_teacher_has_no_finite_answer_is_skipped(run_of, 
     silent = LinearTeacher()
     silent.weights[:] = np.nan
     label = tf.function(labels.function(run.config, silent))
-    before, batch = run.tensors(), run.distribute(run.batch(1))
+    before, batch = run.tensors(), devices.spread(run.strategy, run.batch(1))
     answers = run.strategy.run(label, args=(batch,))
     logged = dict(zip(train_step.METRICS, run.step(batch, answers).numpy().tolist()))
     assert logged["finite"] == 0 and logged["skipped_in_row"] == 1
@@ -367,7 +350,7 @@ def test_with_xla_the_gradients_are_those_without_and_a_poisoned_batch_is_skippe
 def test_the_update_says_how_many_replicas_were_asked_to_stop(run_of):
     for layout, replicas in (({}, 1), (LAYOUTS["two replicas with four micro-batches of 4"], 2)):
         run = run_of(**layout)
-        batch = run.distribute(run.batch())
+        batch = devices.spread(run.strategy, run.batch())
         for asked in (0.0, 1.0):
             told = run.step(batch, run.answers(batch), tf.constant(asked)).numpy()
             assert told[train_step.METRICS.index("stop")] == asked * replicas
