@@ -19,10 +19,15 @@ def get_config() -> ConfigDict:
     c.tpu = "local"  # with strategy=tpu: name or grpc:// address of the TPU; local = of this TPU VM
     c.startup_seconds = 600.0  # with multi_worker: how long a process waits for the others before it gives up
     c.xla = False  # compile a micro-batch's forward and backward pass with XLA (never the collectives)
+    # Where the student's weights come from: a run directory, a checkpoint, or what tools/convert_weights.py wrote; "" =
+    # drawn by model.seed. Its position embedding is resized; its heads come over where the classes are the same.
+    c.init_from = ""
+    c.init_weights = "raw"  # raw | ema: which of the two a run's checkpoint has
     c.max_skipped = 10  # updates in a row with non-finite gradients before the run stops with exit code 4
 
     c.data = ConfigDict()
-    c.data.name = "tfds:tf_flowers"  # tfds:NAME | folder:PATH (a folder per class) | digits (scikit-learn's)
+    # tfds:NAME | folder:PATH (a folder per class) | digits (scikit-learn's) | digits:56789 (those of these classes)
+    c.data.name = "tfds:tf_flowers"
     c.data.data_dir = ""  # where TFDS looks for and prepares data; "" = its default
     c.data.train_split = "train[:90%]"
     c.data.eval_split = "train[90%:]"
@@ -56,10 +61,15 @@ def get_config() -> ConfigDict:
     c.augment.repeats = 1  # views of an example in a row (repeated augmentation, arXiv:1902.05509; DeiT: 3)
 
     c.model = ConfigDict()
-    # timm's names | keras_example | deit_micro[_distilled]_patch{4,8}_32 | backbone | groupnorm_resnet
+    # timm's names (deit_*, deit3_*) | keras_example | deit_micro[_distilled]_patch{4,8}_32, deit3_micro_patch8_32 |
+    # backbone | groupnorm_resnet
     c.model.variant = "deit_tiny_distilled_patch16_224"
+    c.model.patch = 0  # px, the side of a patch; 0 = as the variant's name says
+    c.model.registers = 0  # register tokens (arXiv:2309.16588), timm's reg_tokens
+    # all (a distilled variant's two) | cls (its distillation token has no head: only the class token answers)
+    c.model.heads = "all"
     c.model.seed = 0  # drives initial weights and drop-path
-    c.model.drop_path = 0.1  # rate of the last block, linear over depth; 0 <= . < 1
+    c.model.drop_path = 0.1  # rate of the last block, linear over depth (DeiT), or of all (DeiT-III); 0 <= . < 1
     c.model.mean = (0.485, 0.456, 0.406)  # input is (x / 255 - mean) / std; ImageNet's
     c.model.std = (0.229, 0.224, 0.225)
     c.model.backbone = "MobileNet"  # with variant=backbone: a classifier of tf_keras.applications

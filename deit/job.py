@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 import deit
 from configs import base
 from deit import config as configuration
-from deit import errors, summaries
+from deit import errors, summaries, warm_start
 from deit import workdir as run_directory
 from deit.data import sources, stream
 
@@ -45,6 +45,8 @@ def prepare(config, workdir: Path, *, replicas: int) -> Job:
     """
     resolved, train_source, eval_source = open_data(config, replicas=replicas)
     check_workdir(resolved, workdir)
+    if not (workdir / "checkpoints").exists():
+        warm_start.check(resolved)
     return Job(resolved, workdir, train_source, eval_source)
 
 

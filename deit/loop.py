@@ -13,7 +13,7 @@ from pathlib import Path
 import tensorflow as tf
 from absl import logging
 
-from deit import checkpoint, feed, guard, job, memory, plan, recorder, signals, train_step, workers
+from deit import checkpoint, feed, guard, job, memory, plan, recorder, signals, train_step, warm_start, workers
 from deit.data import stream, unreadable
 from deit.models import factory
 from deit.teachers import labeller
@@ -69,6 +69,7 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
             build()  # for its download: two at once would write one file
     with strategy.scope():
         network = build()
+        started = warm_start.load(config, network) if newest is None else ""
         state = train_step.create_state(config, network)
         versions = job.versions(teacher)
         if newest is not None:
@@ -79,7 +80,7 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
     step = int(state.step.numpy())
     if place.chief:
         taught_by = teacher.describe() if teacher is not None else "none"
-        logging.info("plan of %s\n%s", workdir, plan.describe(config, network=network, teacher=taught_by))
+        logging.info("plan of %s\n%s", workdir, plan.describe(config, network=network, teacher=taught_by, start=started))
 
     # --- Data, from this update on ------------------------------------------------------------------------
     batches = feed.batches(config, strategy, run.train_source, start_update=step, drop_rates=network.drop_rates)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit import config as configuration
-from deit import teachers
+from deit import teachers, warm_start
 from deit.data import sources
 from deit.models import factory, paths
 from deit.teachers import labels
@@ -83,8 +83,11 @@ def _bytes(op: tf.Operation) -> float:
     return float(sum(shape.num_elements() * size for shape, size in shapes))
 
 
-def describe(config, *, network: factory.Network, teacher: str, note: str = "") -> str:
-    """Return the plan of a resolved configuration as lines of `name  value`. `teacher` is a line on the teacher."""
+def describe(config, *, network: factory.Network, teacher: str, note: str = "", start: str = "") -> str:
+    """Return the plan of a resolved configuration as lines of `name  value`.
+
+    `teacher` and `start` are lines on the teacher and on the checkpoint that the weights come from.
+    """
     r, o = config.resolved, config.optim
     spent = cost(network)
     count = sum(int(np.prod(v.shape)) for _, v in paths.variables(network.model))
@@ -103,6 +106,7 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "") 
         f"{r.eval_size:,} evaluation ({config.data.eval_split}), {len(r.classes)} classes{note}",
         "augmentation": _augmentation(config.augment),
         "student": f"{config.model.variant}  {count:,} parameters, {spent.flops / 1e9:.2f} GFLOPs an image forward",
+        "weights from": start,
         "teacher": teacher,
         "answers": _answers(config),
         "distillation": _distillation(config, two_heads="dist" in network.model.output),
@@ -181,4 +185,5 @@ def offline(config: ConfigDict, *, replicas: int) -> str:
         precision=config.precision,
         load_weights=False,  # a backbone's are neither downloaded nor read
     )
-    return describe(resolved, network=network, teacher=teachers.describe(config, count), note=note)
+    start = warm_start.load(resolved, network)
+    return describe(resolved, network=network, teacher=teachers.describe(config, count), note=note, start=start)

@@ -115,10 +115,16 @@ _BELOW_ONE: _Rule = (lambda value: 0 <= value < 1), "at least 0 and below 1"
 _SEED: _Rule = (lambda value: 0 <= value < 2**31), "between 0 and 2147483647"
 _THREE: _Rule = (lambda value: _numbers(value, 3)), "three numbers, one a channel"
 _THREE_POSITIVE: _Rule = (lambda value: _numbers(value, 3) and min(value) > 0), "three numbers greater than 0"
-_DATA: _Rule = (
-    (lambda value: value == "digits" or (value.startswith(("tfds:", "folder:")) and len(value.split(":", 1)[1]) > 0)),
-    "tfds:NAME, folder:PATH or digits",
-)
+
+
+def _is_data(name: str) -> bool:
+    kind, colon, rest = name.partition(":")
+    if kind == "digits":
+        return not colon or (rest.isascii() and rest.isdecimal() and len(set(rest)) == len(rest) > 1)
+    return kind in ("tfds", "folder") and bool(rest)
+
+
+_DATA: _Rule = _is_data, "tfds:NAME, folder:PATH, digits, or digits:01234 (two different digits or more)"
 
 _RULES: dict[str, _Rule] = {
     "seed": _SEED,
@@ -131,6 +137,7 @@ _RULES: dict[str, _Rule] = {
     "devices": _at_least(0),
     "tpu": (lambda value: len(value) > 0, "the name or grpc:// address of a TPU, or local"),
     "startup_seconds": _POSITIVE,
+    "init_weights": _one_of("raw", "ema"),
     "max_skipped": _at_least(1),
     "data.name": _DATA,
     "data.image_size": _at_least(8),
@@ -163,6 +170,9 @@ _RULES: dict[str, _Rule] = {
     "augment.mix_group": (lambda value: value >= 2 and value % 2 == 0, "even and at least 2: mixed in pairs"),
     "augment.repeats": _at_least(1),
     "model.seed": _SEED,
+    "model.patch": _at_least(0),
+    "model.registers": _at_least(0),
+    "model.heads": _one_of("all", "cls"),
     "model.drop_path": _BELOW_ONE,
     "model.mean": _THREE,
     "model.std": _THREE_POSITIVE,

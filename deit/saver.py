@@ -1,34 +1,25 @@
 """Writes a run's checkpoints in a background thread: commit by rename, keep what is wanted, survive a full disk.
 
 Promises:
-- A checkpoint is committed by one rename of a directory whose files were fsynced: whatever kill or power loss comes,
-  `step-…` is complete or absent.
-- Nothing is deleted before its successor is committed, and no state with a NaN or an infinity is.
+- Checkpoints are written by `commit`, whole or not at all, and never a state with a NaN or an infinity.
+- Nothing is deleted before its successor is committed.
 - A save that fails is a log line at once; training goes on, and the next save may succeed.
 """
 
-import datetime
 import errno
-import json
-import math
 import os
-import re
 import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from absl import logging
 
-from deit import checkpoint, errors
+from deit import checkpoint, commit, errors
 from deit import workdir as run_directory
 
-ROOM = 1.2  # bytes that must be free before a save, as a multiple of those it writes
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_OS_ERROR = re.compile(r"os error (\d+)|code: (\d+)")  # how safetensors, written in Rust, spells an OSError
 _FREE, _RIGHT, _AGAIN = "free space and run the same command", "put that right and run the same command", "run it again"
 
 
@@ -145,7 +136,7 @@ class Saver:
         """Be the thread: whatever happens is noted, nothing is raised."""
         try:
             self._write(step, tensors, metrics)
-        except _NotFinite as error:
+        except commit.NotFinite as error:
             self._note(step, str(error), _AGAIN)
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
@@ -159,53 +150,27 @@ class Saver:
             self.failed_in_row, self._failure = 0, ""
 
     def _write(self, step: int, tensors, metrics) -> None:
-        _check_finite(tensors)
         target = self._directory / checkpoint.name_of(step)
-        digest = checkpoint.state_sha256(tensors)
         if target.exists():
+            commit.check_finite(tensors)
             reason = checkpoint.verify(target)
             if reason is None:
-                if checkpoint.manifest(target)["state_sha256"] != digest:
+                if checkpoint.manifest(target)["state_sha256"] != checkpoint.state_sha256(tensors):
                     logging.error("%s exists with another state and is kept: the run is not reproducible", target)
                 return
             checkpoint.set_aside_damaged(target, reason)
         for stale in self._directory.glob("tmp-*"):  # of a save or a removal that failed
             shutil.rmtree(stale, ignore_errors=True)
-        self._check_room(tensors)
-        temporary = self._directory / f"tmp-{step:08d}"
-        try:
-            temporary.mkdir()
-            (temporary / checkpoint.CONFIG).write_text(self._config_json, encoding="utf-8")
-            _write_tensors(temporary / checkpoint.TENSORS, tensors, like=temporary / checkpoint.CONFIG)
-            files = (checkpoint.TENSORS, checkpoint.CONFIG)
-            content = {
-                "step": step,
-                "files": {name: run_directory.describe(temporary / name) for name in files},
-                "state_sha256": digest,
-                "metrics": {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()},
-                "versions": self._versions,
-                "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            }
-            content["manifest_sha256"] = checkpoint.manifest_sha256(content)
-            manifest = json.dumps(content, indent=1, allow_nan=False)
-            (temporary / checkpoint.MANIFEST).write_text(manifest, encoding="utf-8")
-            for name in (*files, checkpoint.MANIFEST):
-                run_directory.sync(temporary / name)
-            run_directory.sync_directory(temporary)
-            os.rename(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full
-            raise
-        run_directory.sync_directory(self._directory)
+        commit.commit(
+            target,
+            tensors,
+            step=step,
+            config_json=self._config_json,
+            metrics=metrics,
+            versions=self._versions,
+            temporary=f"tmp-{step:08d}",
+        )
         self._retain()
-
-    def _check_room(self, tensors) -> None:
-        """Raise OSError(ENOSPC) where the file system has no room for the checkpoint; so no save is begun in vain."""
-        # 256: a tensor's name, form and place in the header.
-        size = sum(array.nbytes + 256 for array in tensors.values()) + len(self._config_json)
-        free, needed = shutil.disk_usage(self._directory).free, math.ceil(ROOM * size)
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {needed:,} are needed")
 
     def _retain(self) -> None:
         """Remove what nothing keeps. A failure is a log line: the save itself is done."""
@@ -222,30 +187,3 @@ class Saver:
                 shutil.rmtree(doomed)
             except OSError as error:
                 logging.error("old checkpoint %s was not removed: %s", path, error)
-
-
-class _NotFinite(Exception):
-    """A state that must not be committed."""
-
-
-def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
-    for path, array in tensors.items():
-        # By name: the kind of ml_dtypes' bfloat16 is "V".
-        if "float" in array.dtype.name and not np.isfinite(array).all():
-            bad = np.count_nonzero(~np.isfinite(array))
-            raise _NotFinite(f"the state is not finite: {bad} of {array.size} elements of {path}")
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray], *, like: Path) -> None:
-    """Write the tensors with the permissions of `like`. Errors: OSError, which safetensors wraps in its own."""
-    # safetensors wants C order; np.ascontiguousarray would turn scalars into vectors.
-    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    try:
-        safetensors.numpy.save_file(arrays, path)
-    except safetensors.SafetensorError as error:
-        found = _OS_ERROR.search(str(error))
-        if not found:
-            raise
-        code = int(found[1] or found[2])
-        raise OSError(code, os.strerror(code), str(path)) from error
-    os.chmod(path, like.stat().st_mode & 0o777)  # safetensors 0.8 writes 0600 whatever the umask

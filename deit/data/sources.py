@@ -72,7 +72,10 @@ def check_classes(train: Source, held_out: Source) -> None:
 class _Digits:
     @staticmethod
     def open_source(data_config, split: str) -> Source:
-        """Encode scikit-learn's digits as PNG: three quarters `train`, one quarter `test`."""
+        """Encode scikit-learn's digits as PNG: three quarters `train`, one quarter `test`.
+
+        `digits:56789` has the examples of these classes only, labelled 0, 1, ... in the order in which they are named.
+        """
         import tensorflow as tf
         from sklearn import datasets
 
@@ -83,13 +86,16 @@ class _Digits:
         parts = {"train": order[:held_out], "test": order[held_out:]}
         if name not in parts:
             raise splits.unknown(split, sorted(parts))
+        classes = data_config.name.partition(":")[2] or "0123456789"
+        label = {int(digit): index for index, digit in enumerate(classes)}
         rows = parts[name][splits.rows(len(parts[name]), keep, split, seed=data_config.split_seed)]
+        rows = rows[np.isin(digits.target[rows], list(label))]
         pixels = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)  # [n, 8, 8]
         grey = np.repeat(pixels[..., None], 3, axis=-1)
         images = [tf.io.encode_png(image).numpy() for image in grey]
-        classes = [str(digit) for digit in range(10)]
+        labels = np.array([label[digit] for digit in digits.target[rows]])
         # Named by scikit-learn's row: load_digits().images[12] is digit 12.
-        return InMemory(images, digits.target[rows], classes=classes, name=lambda index: f"digit {rows[index]}")
+        return InMemory(images, labels, classes=list(classes), name=lambda index: f"digit {rows[index]}")
 
     open_scan = open_source
 

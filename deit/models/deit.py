@@ -1,4 +1,7 @@
-"""DeiT (Touvron 2021): a vision transformer with a class token and, distilled, a second token and head."""
+"""DeiT (arXiv:2012.12877): a vision transformer with a class token and, distilled, a second token and head.
+
+DeiT-III (arXiv:2204.07118) is the same with LayerScale and without position embeddings of prefix tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deit import keras
-from deit.models import vit
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The sizes of one variant.
-
-    Attributes:
-      dim: channels of a token.
-      depth: blocks.
-      heads: attention heads (DeiT: dim / 64).
-      patch: px, the side of a patch.
-      distilled: whether there is a distillation token with a head of its own.
-      stddev: of the initial weights, a normal distribution cut at twice that.
-    """
-
-    dim: int
-    depth: int
-    heads: int
-    patch: int
-    distilled: bool
-    stddev: float
+from deit.models import variants, vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +26,8 @@ class Parts:
     heads: dict[str, Any]  # "cls" and perhaps "dist", in the order of their tokens
 
 
-def rates(drop_path: float, depth: int) -> tuple[float, ...]:
-    """Return the drop rate of each block: linear from 0 to `drop_path`."""
-    return tuple(drop_path * i / max(depth - 1, 1) for i in range(depth))
-
-
 def build(
-    shape: Shape,
+    shape: variants.Shape,
     name: str,
     *,
     num_classes: int,
@@ -61,37 +38,44 @@ def build(
     policy: Any,
 ) -> tuple[Any, Any]:
     """Return the inference model and the training model of one set of variables (see `connect`)."""
-    prefix = 2 if shape.distilled else 1
     initializer = functools.partial(vit.truncated_normal, shape.stddev)
     last = shape.depth - 1
     parts = Parts(
         normalize=vit.Normalize(mean, std, name="normalize", dtype=policy),
         patch_embed=vit.PatchEmbed(shape.dim, shape.patch, initializer=initializer(), name="patch_embed", dtype=policy),
-        tokens=vit.PrefixTokens(shape.distilled, initializer=initializer(), name="tokens", dtype=policy),
+        tokens=vit.PrefixTokens(
+            shape.distilled,
+            registers=shape.registers,
+            slots=shape.prefix_slots,
+            initializer=initializer(),
+            name="tokens",
+            dtype=policy,
+        ),
         blocks=[
             vit.Block(
                 shape.dim,
                 shape.heads,
                 rate=rate,
-                keep=prefix if i == last else 0,
+                keep=len(shape.outputs) if i == last else 0,
                 stddev=shape.stddev,
+                layer_scale=shape.layer_scale,
                 name=f"blocks.{i}",
                 dtype=policy,
             )
-            for i, rate in enumerate(rates(drop_path, shape.depth))
+            for i, rate in enumerate(shape.rates(drop_path))
         ],
         norm=vit.layer_norm("norm", policy),
-        heads=heads(num_classes, distilled=shape.distilled, initializer=initializer),
+        heads=heads(num_classes, shape.outputs, initializer=initializer),
     )
     return connect(parts, name, image_size=image_size)
 
 
-def heads(num_classes: int, *, distilled: bool, initializer: Any) -> dict[str, Any]:
+def heads(num_classes: int, outputs: Sequence[str], *, initializer: Any) -> dict[str, Any]:
     """Return the linear heads by output name, float32 in every precision, each with its `initializer()`."""
-    names = {"cls": "head", "dist": "head_dist"} if distilled else {"cls": "head"}
+    names = {"cls": "head", "dist": "head_dist"}
     return {
-        output: keras.layers.Dense(num_classes, kernel_initializer=initializer(), name=name, dtype="float32")
-        for output, name in names.items()
+        output: keras.layers.Dense(num_classes, kernel_initializer=initializer(), name=names[output], dtype="float32")
+        for output in outputs
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from deit import errors, keras
-from deit.models import cnn, deit, keras_example, paths, vit
+from deit.models import cnn, deit, keras_example, paths, variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +45,24 @@ def fused(outputs: dict[str, tf.Tensor]) -> tf.Tensor:
     return outputs["cls"]
 
 
-def variants() -> tuple[str, ...]:
+def names() -> tuple[str, ...]:
     """Return every legal value of `model.variant`."""
-    return (*_DEIT, *_OTHERS)
-
-
-def shape(variant: str) -> deit.Shape | None:
-    """Return the sizes of a DeiT variant; None where `variant` is no DeiT."""
-    return _DEIT.get(variant)
+    return (*variants.names(), *_OTHERS)
 
 
 def check(model_config: Any, image_size: int, *, load_weights: bool = True) -> None:
     """Raise UserError if `build` would refuse this; builds nothing. Rates, mean and std are `config.validate`'s."""
-    name = model_config.variant
-    if name not in variants():
-        near = difflib.get_close_matches(name, variants(), n=3, cutoff=0.4) or variants()
-        raise errors.UserError(f"model.variant ({name}) is unknown; nearest: {', '.join(near)}")
-    if name in _DEIT:
-        _check_patch(_DEIT[name].patch, name, image_size)
-    if name == "keras_example":
-        _check_patch(keras_example.PATCH, name, image_size)
+    name = variants.untagged(model_config.variant)
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
+        raise errors.UserError(f"model.variant ({model_config.variant}) is unknown; nearest: {', '.join(near)}")
+    shape = _shape(model_config)
+    if shape is not None:
+        _check_patch(shape.patch, model_config, image_size)
+    if not name.startswith("deit"):
+        for field, default in (("patch", 0), ("registers", 0), ("heads", "all")):
+            if model_config[field] != default:
+                raise errors.UserError(f"model.{field} ({model_config[field]}) is for DeiT's variants, not {name}")
     if name == "backbone" and load_weights:
         cnn.check(model_config)
 
@@ -102,7 +100,7 @@ def _one_copy(creator: Callable, **settings: Any) -> tf.Variable:
 
 
 def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weights: bool) -> Network:
-    name, image_size, num_classes = model_config.variant, sizes["image_size"], sizes["num_classes"]
+    name, image_size, num_classes = variants.untagged(model_config.variant), sizes["image_size"], sizes["num_classes"]
     if name in ("backbone", "groupnorm_resnet"):
         model, loaded = _OTHERS[name](model_config, **sizes, policy=policy, load_weights=load_weights)
         paths.initialise(model, model_config.seed, loaded=loaded)
@@ -114,31 +112,25 @@ def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weight
         "drop_path": model_config.drop_path,
         "policy": policy,
     }
-    if name in _DEIT:
-        depth = _DEIT[name].depth
-        model, train_model = deit.build(_DEIT[name], name, **shared)
-    else:
-        depth = keras_example.DEPTH
+    shape = _shape(model_config)
+    if name in _OTHERS:
         model, train_model = _OTHERS[name](**shared)
+    else:
+        model, train_model = deit.build(shape, name, **shared)
     paths.initialise(model, model_config.seed)
-    drop_rates = tuple(rate for rate in deit.rates(model_config.drop_path, depth) for _ in range(2))
+    drop_rates = tuple(rate for rate in shape.rates(model_config.drop_path) for _ in range(2))
     return Network(model, train_model, drop_rates, image_size, num_classes)
 
 
-def _check_patch(patch: int, name: str, image_size: int) -> None:
+def _shape(model_config: Any) -> variants.Shape | None:
+    """Return the sizes of a transformer, None for a CNN."""
+    return keras_example.SHAPE if model_config.variant == keras_example.NAME else variants.of_model(model_config)
+
+
+def _check_patch(patch: int, model_config: Any, image_size: int) -> None:
     if image_size <= 0 or image_size % patch:
-        raise errors.UserError(f"data.image_size ({image_size}) must be a multiple of {name}'s patch ({patch})")
-
-
-def _family(
-    size: str, dim: int, depth: int, heads: int, patch: int, image: int, stddev: float = vit.INITIAL_STDDEV
-) -> dict[str, deit.Shape]:
-    return {
-        f"deit_{size}{'_distilled' if distilled else ''}_patch{patch}_{image}": deit.Shape(
-            dim, depth, heads, patch, distilled, stddev
-        )
-        for distilled in (False, True)
-    }
+        owner = "model.patch" if model_config.patch else f"{model_config.variant}'s patch"
+        raise errors.UserError(f"data.image_size ({image_size}) must be a multiple of {owner} ({patch})")
 
 
 _POLICIES = {
@@ -146,20 +138,6 @@ _POLICIES = {
     "tf32": "float32",  # the same dtypes; the runtime switches the tensor cores on
     "mixed_bfloat16": "mixed_bfloat16",
     "mixed_float16": "mixed_float16",
-}
-
-# The number at the end of a name is where its published weights were trained; data.image_size decides.
-_DEIT = {
-    **_family("tiny", 192, 12, 3, 16, 224),
-    **_family("tiny", 192, 12, 3, 16, 384),
-    **_family("small", 384, 12, 6, 16, 224),
-    **_family("small", 384, 12, 6, 16, 384),
-    **_family("base", 768, 12, 12, 16, 224),
-    **_family("base", 768, 12, 12, 16, 384),
-    # Ours, for the quickstart. So narrow, .02 leaves attention flat: 68 % of held-out digits after
-    # 20 epochs (patch 8, batch 32, peak lr 2e-3) where .1 has 96 %.
-    **_family("micro", 64, 4, 2, 4, 32, stddev=0.1),
-    **_family("micro", 64, 4, 2, 8, 32, stddev=0.1),
 }
 
 _OTHERS = {

@@ -12,9 +12,9 @@ from typing import Any
 import tensorflow as tf
 
 from deit import keras
-from deit.models import deit, vit
+from deit.models import deit, variants, vit
 
-DIM, DEPTH, HEADS, PATCH = 192, 12, 3, 16
+SHAPE = variants.Shape(dim=192, depth=12, heads=3, patch=16, distilled=True, two_heads=True)
 NAME = "keras_example"
 
 
@@ -57,15 +57,15 @@ def build(
     """Return the inference and the training model (`deit.connect`); the example has mean 0 and std 1."""
     glorot = keras.initializers.GlorotUniform
     blocks = [
-        ExampleBlock(DIM, HEADS, key_dim=DIM, rate=rate, name=f"blocks.{i}", dtype=policy)
-        for i, rate in enumerate(deit.rates(drop_path, DEPTH))
+        ExampleBlock(SHAPE.dim, SHAPE.heads, key_dim=SHAPE.dim, rate=rate, name=f"blocks.{i}", dtype=policy)
+        for i, rate in enumerate(SHAPE.rates(drop_path))
     ]
     parts = deit.Parts(
         normalize=vit.Normalize(mean, std, name="normalize", dtype=policy),
-        patch_embed=vit.PatchEmbed(DIM, PATCH, initializer=glorot(), name="patch_embed", dtype=policy),
+        patch_embed=vit.PatchEmbed(SHAPE.dim, SHAPE.patch, initializer=glorot(), name="patch_embed", dtype=policy),
         tokens=vit.PrefixTokens(True, initializer="zeros", name="tokens", dtype=policy),
         blocks=blocks,
         norm=vit.layer_norm("norm", policy),
-        heads=deit.heads(num_classes, distilled=True, initializer=glorot),
+        heads=deit.heads(num_classes, SHAPE.outputs, initializer=glorot),
     )
     return deit.connect(parts, NAME, image_size=image_size)

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from deit import errors
 
-TOKENS = ("pos_embed", "cls_token", "dist_token")
+TOKENS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 # Weights whose initializer Keras keeps under another name than `<weight>_initializer`.
 _INITIALIZERS = {"depthwise_kernel": "depthwise_initializer", "pointwise_kernel": "pointwise_initializer"}
 
@@ -55,6 +55,15 @@ def no_decay(path: str, variable: tf.Variable) -> bool:
 
 def assign(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray]) -> None:
     """Assign tensors by name, all or none. UserError lists names missing, left over, of other form."""
+    problem = misfit(named, tensors)
+    if problem:
+        raise errors.UserError(f"the checkpoint does not fit this model: {problem}")
+    for name, variable in named:
+        variable.assign(tensors[name])
+
+
+def misfit(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray]) -> str:
+    """Return which tensors are missing, left over, or of another form, the first five; empty where all fit."""
     wanted = dict(named)
     problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
     problems += [f"left over {name}" for name in sorted(tensors.keys() - wanted.keys())]
@@ -63,11 +72,8 @@ def assign(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.nd
         want = (wanted[name].dtype.name, tuple(wanted[name].shape))
         if have != want:
             problems.append(f"{name} is {have}, not {want}")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise errors.UserError("the checkpoint does not fit this model: " + "; ".join(problems[:5]) + more)
-    for name, variable in wanted.items():
-        variable.assign(tensors[name])
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return "; ".join(problems[:5]) + more
 
 
 def _walk(layer: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, tf.Variable]]:

@@ -12,9 +12,9 @@ from typing import Any
 import tensorflow as tf
 
 from deit import keras
+from deit.models.variants import INITIAL_STDDEV
 
 LAYER_NORM_EPSILON = 1e-6
-INITIAL_STDDEV = 0.02  # DeiT's
 
 _serializable = keras.utils.register_keras_serializable(package="deit")
 
@@ -96,33 +96,65 @@ class PatchEmbed(keras.layers.Layer):
 
 @_serializable
 class PrefixTokens(keras.layers.Layer):
-    """Put the class token, and if asked the distillation token, before [B, N, D]; add position embedding."""
+    """Put class token, distillation token if `distilled`, and `registers` before [B, N, D]; add position embedding.
 
-    def __init__(self, distilled: bool, *, initializer: Any = None, **kwargs: Any) -> None:
+    `slots` (DeiT): prefix tokens have position embeddings too, [1, k + N, D]; without (DeiT-III) only patches have,
+    [1, N, D].
+    """
+
+    def __init__(
+        self, distilled: bool, *, registers: int = 0, slots: bool = True, initializer: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.distilled = distilled
+        self.distilled, self.registers, self.slots = distilled, registers, slots
         self.initializer = keras.initializers.get(initializer or truncated_normal())
         # Names that paths.initialise looks for.
         self.cls_token_initializer = self.initializer
         self.dist_token_initializer = self.initializer
+        self.reg_token_initializer = self.initializer
         self.pos_embed_initializer = self.initializer
 
     def build(self, shape: Any) -> None:
         count, dim = int(shape[1]), int(shape[2])
-        names = ["cls_token", "dist_token"] if self.distilled else ["cls_token"]
-        self.tokens = [self.add_weight(name, [1, 1, dim], initializer=self.initializer) for name in names]
-        self.pos_embed = self.add_weight("pos_embed", [1, len(names) + count, dim], initializer=self.initializer)
+        sizes = {"cls_token": 1, "dist_token": int(self.distilled), "reg_token": self.registers}
+        self.tokens = [self.add_weight(n, [1, k, dim], initializer=self.initializer) for n, k in sizes.items() if k]
+        positions = count + (sum(sizes.values()) if self.slots else 0)
+        self.pos_embed = self.add_weight("pos_embed", [1, positions, dim], initializer=self.initializer)
         super().build(shape)
 
     @plain
     def call(self, x: tf.Tensor) -> tf.Tensor:
         prefix = tf.concat([tf.cast(token, x.dtype) for token in self.tokens], axis=1)  # [1, k, D]
         prefix = tf.repeat(prefix, tf.shape(x)[0], axis=0)
-        return tf.concat([prefix, x], axis=1) + tf.cast(self.pos_embed, x.dtype)
+        positions = tf.cast(self.pos_embed, x.dtype)
+        if self.slots:
+            return tf.concat([prefix, x], axis=1) + positions
+        return tf.concat([prefix, x + positions], axis=1)
 
     def get_config(self) -> dict[str, Any]:
-        initializer = keras.initializers.serialize(self.initializer)
-        return {**super().get_config(), "distilled": self.distilled, "initializer": initializer}
+        fields = {"distilled": self.distilled, "registers": self.registers, "slots": self.slots}
+        return {**super().get_config(), **fields, "initializer": keras.initializers.serialize(self.initializer)}
+
+
+@_serializable
+class LayerScale(keras.layers.Layer):
+    """Multiply each channel of [B, N, D] by a trained number that starts at `initial` (arXiv:2103.17239)."""
+
+    def __init__(self, initial: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.initial = float(initial)
+        self.gamma_initializer = keras.initializers.Constant(self.initial)
+
+    def build(self, shape: Any) -> None:
+        self.gamma = self.add_weight("gamma", [int(shape[-1])], initializer=self.gamma_initializer)
+        super().build(shape)
+
+    @plain
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return x * tf.cast(self.gamma, x.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "initial": self.initial}
 
 
 @_serializable
@@ -175,10 +207,11 @@ class Mlp(keras.layers.Layer):
 
 @_serializable
 class Block(keras.layers.Layer):
-    """One pre-norm block: x + attn(norm1(x)), then x + mlp(norm2(x)); `drop` [B, 2] holds kept flags.
+    """One pre-norm block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))); `drop` [B, 2] holds kept flags.
 
-    With `keep` > 0 only the first `keep` tokens leave it: the last block's patch tokens feed nothing, and
-    leaving them out saves about a seventeenth of DeiT's work without changing a logit.
+    `layer_scale` is the first value of ls1 and ls2; 0 = there are none (DeiT). With `keep` > 0 only the first `keep`
+    tokens leave the block: the last block's patch tokens feed nothing, and leaving them out saves about a seventeenth
+    of DeiT's work without changing a logit.
     """
 
     def __init__(
@@ -189,26 +222,33 @@ class Block(keras.layers.Layer):
         rate: float = 0.0,
         keep: int = 0,
         stddev: float = INITIAL_STDDEV,
+        layer_scale: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.dim, self.heads, self.rate, self.keep, self.stddev = dim, heads, float(rate), keep, stddev
-        self.norm1 = layer_norm("norm1", self.dtype_policy)
-        self.attn = Attention(dim, heads, keep=keep, stddev=stddev, name="attn", dtype=self.dtype_policy)
-        self.norm2 = layer_norm("norm2", self.dtype_policy)
-        self.mlp = Mlp(dim, stddev=stddev, name="mlp", dtype=self.dtype_policy)
+        self.dim, self.heads, self.rate, self.keep = dim, heads, float(rate), keep
+        self.stddev, self.layer_scale = stddev, float(layer_scale)
+        policy = self.dtype_policy
+        self.norm1 = layer_norm("norm1", policy)
+        self.attn = Attention(dim, heads, keep=keep, stddev=stddev, name="attn", dtype=policy)
+        self.norm2 = layer_norm("norm2", policy)
+        self.mlp = Mlp(dim, stddev=stddev, name="mlp", dtype=policy)
+        if layer_scale:
+            self.ls1 = LayerScale(layer_scale, name="ls1", dtype=policy)
+            self.ls2 = LayerScale(layer_scale, name="ls2", dtype=policy)
 
     @plain
     def call(self, x: tf.Tensor, drop: tf.Tensor | None = None) -> tf.Tensor:
         kept = (None, None) if drop is None else (drop[:, 0], drop[:, 1])
         branch = self.attn(self.norm1(x))
         x = x[:, : self.keep] if self.keep else x
-        x = apply_branch(x, branch, kept[0], self.rate)
-        return apply_branch(x, self.mlp(self.norm2(x)), kept[1], self.rate)
+        x = apply_branch(x, self.ls1(branch) if self.layer_scale else branch, kept[0], self.rate)
+        branch = self.mlp(self.norm2(x))
+        return apply_branch(x, self.ls2(branch) if self.layer_scale else branch, kept[1], self.rate)
 
     def get_config(self) -> dict[str, Any]:
         fields = {"dim": self.dim, "heads": self.heads, "rate": self.rate, "keep": self.keep}
-        return {**super().get_config(), **fields, "stddev": self.stddev}
+        return {**super().get_config(), **fields, "stddev": self.stddev, "layer_scale": self.layer_scale}
 
 
 @_serializable
