@@ -80,7 +80,8 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
     step = int(state.step.numpy())
     if place.chief:
         taught_by = teacher.describe() if teacher is not None else "none"
-        logging.info("plan of %s\n%s", workdir, plan.describe(config, network=network, teacher=taught_by, start=started))
+        planned = plan.describe(config, network=network, teacher=taught_by, start=started)
+        logging.info("plan of %s\n%s", workdir, planned)
 
     # --- Data, from this update on ------------------------------------------------------------------------
     batches = feed.batches(config, strategy, run.train_source, start_update=step, drop_rates=network.drop_rates)

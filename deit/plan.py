@@ -5,6 +5,7 @@ Promises: numbers come from the resolved configuration and from the student's ow
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -185,5 +186,10 @@ def offline(config: ConfigDict, *, replicas: int) -> str:
         precision=config.precision,
         load_weights=False,  # a backbone's are neither downloaded nor read
     )
-    start = warm_start.load(resolved, network)
+    start = ""
+    if config.init_from:
+        absent = "" if Path(config.init_from).exists() else "  [not checked: it is absent]"
+        start = f"{config.init_from} ({config.init_weights}){absent}"
+        if not absent:
+            warm_start.check(config)
     return describe(resolved, network=network, teacher=teachers.describe(config, count), note=note, start=start)
