@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
     c.model.cut = ""  # with variant=backbone: last layer kept; "" = all but the classifier
 
     c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw | lamb (DeiT-III)
     c.optim.peak_lr = 1e-3  # learning rate after warm-up, at batch `lr_batch`
     c.optim.lr_batch = 0  # peak_lr is scaled by global_batch / lr_batch (DeiT: 512); 0 = used as it is
     c.optim.schedule = "cosine"  # cosine | constant
@@ -91,6 +92,9 @@ def get_config() -> ConfigDict:
     c.optim.epsilon = 1e-8
     c.optim.amsgrad = False
     c.optim.clip_norm = 0.0  # global norm of the gradients; 0 = off
+    c.optim.layer_decay = 1.0  # the step of a layer is this times that of the layer above (fine-tuning: .65 to .9)
+    # "" = everything | attention (attention, heads, position embedding; arXiv:2203.09795) | heads (linear probing)
+    c.optim.train_only = ""
     c.optim.ema_decay = 0.999  # at update t: min(ema_decay, (1 + t) / (10 + t)); 0 = no EMA
 
     c.loss = ConfigDict()

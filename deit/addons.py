@@ -18,6 +18,6 @@ _aliases = {
 sys.modules.update(_aliases)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its end-of-life notice, at every import
-    from tensorflow_addons.optimizers import AdamW  # noqa: F401
+    from tensorflow_addons.optimizers import LAMB, AdamW  # noqa: F401
 for _name in _aliases:
     del sys.modules[_name]

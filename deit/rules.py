@@ -176,6 +176,7 @@ _RULES: dict[str, _Rule] = {
     "model.drop_path": _BELOW_ONE,
     "model.mean": _THREE,
     "model.std": _THREE_POSITIVE,
+    "optim.name": _one_of("adamw", "lamb"),
     "optim.peak_lr": _POSITIVE,
     "optim.lr_batch": _at_least(0),
     "optim.schedule": _one_of("cosine", "constant"),
@@ -187,6 +188,8 @@ _RULES: dict[str, _Rule] = {
     "optim.beta_2": _BELOW_ONE,
     "optim.epsilon": _POSITIVE,
     "optim.clip_norm": _at_least(0),
+    "optim.layer_decay": ((lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
+    "optim.train_only": (lambda value: value in ("", "attention", "heads"), "attention, heads, or empty (everything)"),
     "optim.ema_decay": _BELOW_ONE,
     "loss.kind": _one_of("ce", "bce"),
     "loss.smoothing": _BELOW_ONE,
@@ -233,6 +236,20 @@ def _augmentations_fit(config) -> str | None:
         return "augment.three_augment (True) must be False where augment.randaugment is on: a recipe has one of them"
     if augment.randaugment and augment.jitter:
         return f"augment.jitter ({augment.jitter}) must be 0 where augment.randaugment is on: DeiT ignores it there"
+    return None
+
+
+def _optimizer_fits(config) -> str | None:
+    optim, transformer = config.optim, config.model.variant.startswith(("deit", "keras_example"))
+    if optim.name == "lamb" and optim.amsgrad:
+        return "optim.amsgrad (True) must be False where optim.name is 'lamb'"
+    if optim.name == "lamb" and not optim.decay_coupled:
+        return "optim.decay_coupled (False) must be True where optim.name is 'lamb': its decay is part of its step"
+    if not transformer and (optim.layer_decay != 1 or optim.train_only == "attention"):
+        return (
+            f"optim.layer_decay ({optim.layer_decay}) and optim.train_only ({optim.train_only!r}) are for transformers, "
+            f"model.variant is {config.model.variant!r}"
+        )
     return None
 
 
@@ -291,4 +308,12 @@ def _sha_is_hex(config) -> str | None:
     return None
 
 
-_RELATIONS = (_batch_divides, _augmentations_fit, _teacher_fits, _members_fit, _cache_fits, _sha_is_hex)
+_RELATIONS = (
+    _batch_divides,
+    _augmentations_fit,
+    _optimizer_fits,
+    _teacher_fits,
+    _members_fit,
+    _cache_fits,
+    _sha_is_hex,
+)

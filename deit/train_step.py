@@ -85,7 +85,8 @@ def create_state(config, network: factory.Network) -> TrainState:
         return tf.Variable(value, dtype=dtype, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
     student = paths.variables(network.model)
-    trainable = [(path, variable) for path, variable in student if variable.trainable]
+    only = config.optim.train_only
+    trainable = [(path, variable) for path, variable in student if variable.trainable and paths.trains(path, only)]
     step = counter(0)
     optimizer = optim.build(config, step)
     optim.create_slots(optimizer, [variable for _, variable in trainable])
@@ -254,10 +255,20 @@ def _apply(config, state: TrainState) -> Callable:
     averages = [variable for _, variable in state.ema]
     exclude = config.optim.decay_exclude
     decayed = [v for path, v in state.trainable if not (exclude and paths.no_decay(path, v))]
+    scales = _scales(config, state)
 
     def apply(gradients):
-        optim.apply(state.optimizer, list(zip(gradients, variables)), decayed)
+        optim.apply(state.optimizer, list(zip(gradients, variables)), decayed=decayed, scales=scales)
         if averages:
             ema.update(averages, variables, ema.decay_at(state.step, config.optim.ema_decay))
 
     return apply
+
+
+def _scales(config, state: TrainState) -> list[float]:
+    """Return the factor of each trained variable's step: optim.layer_decay to the power of its distance to the head."""
+    decay = config.optim.layer_decay
+    if decay == 1.0:
+        return []
+    last = 1 + max(paths.layer(path, 0) for path, _ in state.student)
+    return [decay ** (last - paths.layer(path, last)) for path, _ in state.trainable]

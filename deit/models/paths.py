@@ -53,6 +53,26 @@ def no_decay(path: str, variable: tf.Variable) -> bool:
     return len(variable.shape) <= 1 or path.rsplit("/", 1)[-1] in ("bias", *TOKENS)
 
 
+def layer(path: str, last: int) -> int:
+    """Return the depth of a transformer's variable: 0 before the blocks, i + 1 in block i, `last` after them."""
+    first, _, rest = path.partition("/")
+    if first == "blocks":
+        return int(rest.partition("/")[0]) + 1
+    return 0 if first in ("patch_embed", "tokens") else last
+
+
+def trains(path: str, only: str) -> bool:
+    """Say whether `optim.train_only` leaves a variable to be trained.
+
+    `attention`: attention layers, heads and position embedding, as facebookresearch/deit's --attn-only
+    (arXiv:2203.09795); `heads`: the heads (linear probing); "": all.
+    """
+    head = path.startswith(("head/", "head_dist/"))
+    if only == "attention":
+        return head or "/attn/" in path or path == "tokens/pos_embed"
+    return head if only == "heads" else True
+
+
 def assign(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray]) -> None:
     """Assign tensors by name, all or none. UserError lists names missing, left over, of other form."""
     problem = misfit(named, tensors)
