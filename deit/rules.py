@@ -247,8 +247,8 @@ def _optimizer_fits(config) -> str | None:
         return "optim.decay_coupled (False) must be True where optim.name is 'lamb': its decay is part of its step"
     if not transformer and (optim.layer_decay != 1 or optim.train_only == "attention"):
         return (
-            f"optim.layer_decay ({optim.layer_decay}) and optim.train_only ({optim.train_only!r}) are for transformers, not "
-            f"for model.variant {config.model.variant!r}"
+            f"optim.layer_decay ({optim.layer_decay}) and optim.train_only ({optim.train_only!r}) want a transformer: "
+            f"model.variant is {config.model.variant!r}"
         )
     return None
 
