@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
-from deit import checkpoint
+from deit import checkpoint, errors
 from deit import config as configuration
 from deit.models import factory, paths
 
@@ -43,10 +43,25 @@ def config_of(path: str | Path) -> ConfigDict:
     return configuration.from_json(checkpoint.read_config(checkpoint.locate(path)), base.get_config())
 
 
+def weights(path: Path, which: str) -> dict[str, np.ndarray]:
+    """Return the student's tensors of one checkpoint by own path: `raw`, or with the averages where it has them, `ema`.
+
+    Errors: UserError.
+    """
+    tensors, _ = checkpoint.read(path)
+    student = {name.removeprefix("student/"): value for name, value in tensors.items() if name.startswith("student/")}
+    averages = {name.removeprefix("ema/"): value for name, value in tensors.items() if name.startswith("ema/")}
+    if which == "ema" and not averages:
+        raise errors.UserError(f"{path} has no averages (EMA): only its raw weights can be taken")
+    return {**student, **averages} if which == "ema" else student
+
+
 def open_network(path: str | Path, *, precision: str = "") -> Saved:
     """Open the newest checkpoint of a run directory, or one checkpoint; `precision` replaces the run's own."""
     where = checkpoint.locate(path)
     config = config_of(where)
+    if not config.resolved.classes:
+        raise errors.UserError(f"{where} has no classifier (it was dropped): it is for init_from")
     tensors, manifest = checkpoint.read(where)
     model = ConfigDict(configuration.plain(config.model))
     network = factory.build(

@@ -62,7 +62,7 @@ def _read(config: Any, network: factory.Network) -> Start:
     path = checkpoint.locate(config.init_from)
     source = saved.config_of(path)
     _check_variant(config, source)
-    tensors = _weights(path, config.init_weights)
+    tensors = saved.weights(path, config.init_weights)
     ours = dict(paths.variables(network.model))
     said = [_heads(tensors, config, source)]
     shape = variants.of_model(config.model)
@@ -70,15 +70,6 @@ def _read(config: Any, network: factory.Network) -> Start:
         said.append(_resize(tensors, ours[_POSITIONS].shape[1] - shape.slots, shape.slots))
     _check_fit(config.init_from, tensors, ours)
     return Start(path, source, tensors, "; ".join(filter(None, said)))
-
-
-def _weights(path: Path, which: str) -> dict[str, np.ndarray]:
-    tensors, _ = checkpoint.read(path)
-    student = {name.removeprefix("student/"): value for name, value in tensors.items() if name.startswith("student/")}
-    averages = {name.removeprefix("ema/"): value for name, value in tensors.items() if name.startswith("ema/")}
-    if which == "ema" and not averages:
-        raise errors.UserError(f"init_weights ('ema') must be 'raw': {path} has no averages")
-    return {**student, **averages} if which == "ema" else student
 
 
 def _check_variant(config: Any, source: ConfigDict) -> None:

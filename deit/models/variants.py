@@ -76,6 +76,11 @@ def untagged(name: str) -> str:
     return name.partition(".")[0]
 
 
+def size_of(name: str) -> int:
+    """Return the resolution, px, at the end of a variant's name."""
+    return int(untagged(name).rpartition("_")[2])
+
+
 def of_name(name: str) -> Shape | None:
     """Return the sizes that a name stands for; None where it is no DeiT."""
     return _SHAPES.get(untagged(name))

@@ -1,0 +1,65 @@
+"""Weights of timm, facebookresearch/deit and Hugging Face transformers into a checkpoint of ours, and back.
+
+python tools/convert_weights.py --from=FILE --variant=NAME --out=DIR [--classifier=keep|drop|replace] [--image_size=384]
+python tools/convert_weights.py --from=RUN|CHECKPOINT --to=timm|facebook|huggingface --out=FILE|DIR
+
+FILE is .safetensors, a directory with model.safetensors, or .pth where torch is installed. The checkpoint is what
+tools/eval.py --ckpt, tools/predict.py --ckpt and --config.init_from read. To timm or facebook: a .safetensors file;
+to huggingface: a directory that from_pretrained reads. Nothing that exists is overwritten.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from deit import cli, errors
+
+FROM = flags.DEFINE_string("from", None, "Weights of another code base; with --to, a run or checkpoint.", required=True)
+OUT = flags.DEFINE_string("out", None, "What is written; it must not exist.", required=True)
+TO = flags.DEFINE_enum("to", None, ["timm", "facebook", "huggingface"], "Write another code base's weights.")
+VARIANT = flags.DEFINE_string("variant", None, "timm's name of the network, such as deit_tiny_distilled_patch16_224.")
+LAYOUT = flags.DEFINE_enum(
+    "layout", None, ["timm", "facebook", "huggingface"], "Of --from; default: seen from the names of its tensors."
+)
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "px; the position embedding is resized. 0 = as the variant's name.")
+PATCH = flags.DEFINE_integer("patch", 0, "px; 0 = as the variant's name.")
+REGISTERS = flags.DEFINE_integer("registers", 0, "Register tokens (timm's reg_tokens).")
+CLASSIFIER = flags.DEFINE_enum(
+    "classifier",
+    "keep",
+    ["keep", "drop", "replace"],
+    "keep the file's heads; drop them: only init_from reads the result; replace them by fresh ones for --class_names.",
+)
+CLASS_NAMES = flags.DEFINE_string("class_names", None, "File of class names, one a line, in the order of the logits.")
+WEIGHTS = flags.DEFINE_enum("weights", "raw", ["raw", "ema"], "With --to: which of a run's two sets of weights.")
+
+
+def main(_) -> int:
+    """Convert --from to --out."""
+    if TO.value is None and VARIANT.value is None:
+        raise errors.UserError("--variant must name the network, or --to the layout to write")
+    from deit import convert  # TensorFlow starts only now
+
+    if TO.value:
+        print(convert.export(Path(FROM.value), Path(OUT.value), layout=TO.value, weights=WEIGHTS.value))
+        return errors.DONE
+    done = convert.load(
+        Path(FROM.value),
+        Path(OUT.value),
+        variant=VARIANT.value,
+        layout=LAYOUT.value or "",
+        image_size=IMAGE_SIZE.value,
+        patch=PATCH.value,
+        registers=REGISTERS.value,
+        classifier=CLASSIFIER.value,
+        names_file=Path(CLASS_NAMES.value) if CLASS_NAMES.value else None,
+    )
+    print(done)
+    return errors.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)
