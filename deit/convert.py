@@ -92,7 +92,7 @@ def export(source: Path, out: Path, *, layout: str, weights: str = "raw") -> str
     if shape is None:
         raise errors.UserError(f"model.variant ({config.model.variant}) must be a DeiT: {layout} has no such network")
     classes = tuple(config.resolved.classes)
-    own = saved.weights(where, weights)
+    own = saved.student(checkpoint.read(where)[0], weights, where)
     size = config.data.image_size
     foreign = layouts.from_own(own, shape, layout=layout, image_size=size, num_classes=len(classes))
     if layout == "huggingface":

@@ -5,6 +5,7 @@ shape is refused by name.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ class Saved:
 
     Attributes:
       config: the run's, `resolved` included.
-      network: the student with its raw weights; `tensors` holds the EMA's as `ema/<own path>`.
+      network: the student; `tensors` holds the EMA's as `ema/<own path>`.
       step: finished updates.
       state_sha256: of all its tensors, as its manifest has it.
       run: the run directory around the checkpoint (RUN/checkpoints/step-N).
@@ -43,21 +44,23 @@ def config_of(path: str | Path) -> ConfigDict:
     return configuration.from_json(checkpoint.read_config(checkpoint.locate(path)), base.get_config())
 
 
-def weights(path: Path, which: str) -> dict[str, np.ndarray]:
-    """Return the student's tensors of one checkpoint by own path: `raw`, or with the averages where it has them, `ema`.
+def student(tensors: Mapping[str, np.ndarray], which: str, path: Path) -> dict[str, np.ndarray]:
+    """Return the student's tensors of a checkpoint by own path: `raw`, or with the averages in their place, `ema`.
 
-    Errors: UserError.
+    Errors: UserError naming `path` where it has no averages.
     """
-    tensors, _ = checkpoint.read(path)
-    student = {name.removeprefix("student/"): value for name, value in tensors.items() if name.startswith("student/")}
+    own = {name.removeprefix("student/"): value for name, value in tensors.items() if name.startswith("student/")}
     averages = {name.removeprefix("ema/"): value for name, value in tensors.items() if name.startswith("ema/")}
     if which == "ema" and not averages:
         raise errors.UserError(f"{path} has no averages (EMA): only its raw weights can be taken")
-    return {**student, **averages} if which == "ema" else student
+    return {**own, **averages} if which == "ema" else own
 
 
-def open_network(path: str | Path, *, precision: str = "") -> Saved:
-    """Open the newest checkpoint of a run directory, or one checkpoint; `precision` replaces the run's own."""
+def open_network(path: str | Path, *, precision: str = "", weights: str = "raw") -> Saved:
+    """Open the newest checkpoint of a run directory, or one checkpoint; `precision` replaces the run's own.
+
+    `weights`: raw or ema. Errors: UserError.
+    """
     where = checkpoint.locate(path)
     config = config_of(where)
     if not config.resolved.classes:
@@ -71,8 +74,7 @@ def open_network(path: str | Path, *, precision: str = "") -> Saved:
         precision=precision or config.precision,
         load_weights=False,  # a backbone's come from the checkpoint, not from its first weights file
     )
-    student = [(f"student/{path}", variable) for path, variable in paths.variables(network.model)]
-    paths.assign(student, {name: value for name, value in tensors.items() if name.startswith("student/")})
+    paths.assign(paths.variables(network.model), student(tensors, weights, where))
     return Saved(
         config=config,
         network=network,

@@ -62,7 +62,7 @@ def _read(config: Any, network: factory.Network) -> Start:
     path = checkpoint.locate(config.init_from)
     source = saved.config_of(path)
     _check_variant(config, source)
-    tensors = saved.weights(path, config.init_weights)
+    tensors = saved.student(checkpoint.read(path)[0], config.init_weights, path)
     ours = dict(paths.variables(network.model))
     said = [_heads(tensors, config, source)]
     shape = variants.of_model(config.model)

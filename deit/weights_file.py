@@ -76,9 +76,9 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
 def _pickled(path: Path) -> dict[str, np.ndarray]:
     if importlib.util.find_spec("torch") is None:
         raise errors.UserError(
-            f"{path} is a pickle, which only torch opens safely: pip install torch, or where it is installed: python -c "
-            f"\"import torch; from safetensors.torch import save_file; s = torch.load('{path.name}', weights_only=True); "
-            f"save_file({{k: v.contiguous() for k, v in s.get('model', s).items()}}, '{path.stem}.safetensors')\""
+            f"{path} is a pickle, which only torch opens safely: pip install torch, or, where it is: python -c "
+            f'"import torch, safetensors.torch as t; w = torch.load({path.name!r}, weights_only=True); '
+            f"t.save_file({{k: v.contiguous() for k, v in w.get('model', w).items()}}, '{path.stem}.safetensors')\""
         )
     import pickle
 

@@ -60,7 +60,7 @@ def open_source(data_config, split: str) -> Files:
         inner = _split_folder(root, name, split)
         top = os.path.join(root, inner)
         classes = _folders(top)
-        lists = [_images(root, os.path.join(inner, folder)) for folder in classes]
+        lists = [images(root, os.path.join(inner, folder)) for folder in classes]
     paths = [path for found in lists for path in found]
     if not paths:
         raise errors.UserError(
@@ -123,7 +123,7 @@ def _folders(path: str | Path) -> tuple[str, ...]:
         return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
 
 
-def _images(root: Path, folder: str) -> list[str]:
+def images(root: Path, folder: str) -> list[str]:
     """Return the images at any depth below root/folder, as paths relative to root, sorted part by part."""
     found = []
     start = os.path.join(root, folder)

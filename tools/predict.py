@@ -1,0 +1,81 @@
+"""Classes and probabilities of pictures, or the logits of an array.
+
+python tools/predict.py --ckpt=runs/deit_tiny_flowers IMAGE_OR_DIR... [--top=5] [--json]
+python tools/predict.py --ckpt=runs/deit_tiny_flowers --array=x.npy [--raw] --out=y.npz
+
+--ckpt is a run, a checkpoint, or what tools/convert_weights.py wrote. An array is [N, S, S, 3], pixels in [0, 255]; with
+--raw it is float32 and normalised already. y.npz holds logits_cls, logits_dist (two heads) and logits, their mean.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from absl import flags
+
+from deit import checkpoint, cli, errors
+
+CKPT = flags.DEFINE_string("ckpt", None, "A run (its newest checkpoint) or one checkpoint.", required=True)
+TOP = flags.DEFINE_integer("top", 5, "Classes shown a picture.", lower_bound=1)
+JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+ARRAY = flags.DEFINE_string("array", None, "A .npy file instead of pictures.")
+RAW = flags.DEFINE_bool("raw", False, "--array is normalised already: the network's own normalisation is left out.")
+OUT = flags.DEFINE_string("out", None, "The .npz file that the logits of --array are written to; it must not exist.")
+WEIGHTS = flags.DEFINE_enum("weights", "raw", ["raw", "ema"], "Which of a run's two sets of weights.")
+
+
+def main(argv: list[str]) -> int:
+    """Answer to the pictures in `argv`, or to --array."""
+    files = argv[1:]
+    if bool(files) == bool(ARRAY.value):
+        raise errors.UserError("name pictures or directories of pictures, or an --array")
+    if bool(ARRAY.value) != bool(OUT.value) or (RAW.value and not ARRAY.value):
+        raise errors.UserError("--array and --out go together, and --raw goes with them")
+    if OUT.value and (os.path.lexists(OUT.value) or not OUT.value.endswith(".npz")):
+        raise errors.UserError(f"--out ({OUT.value}) must end in .npz and not exist")
+    checkpoint.locate(CKPT.value)
+
+    from deit import predict  # TensorFlow starts only now, with everything checked that can be
+
+    if ARRAY.value:
+        images = _load(ARRAY.value)
+        found = predict.logits(predict.open_network(CKPT.value, weights=WEIGHTS.value), images, raw=RAW.value)
+        np.savez(OUT.value, **found)
+        print(f"{OUT.value}: {', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}")
+        return errors.DONE
+    files = predict.find(files)
+    answers = predict.pictures(predict.open_network(CKPT.value, weights=WEIGHTS.value), files, top=TOP.value)
+    print(json.dumps([_plain(a) for a in answers], indent=2) if JSON.value else "\n".join(map(_text, answers)))
+    lost = [answer.file for answer in answers if not answer.classes]
+    if lost:
+        raise errors.UserError(f"{len(lost)} of {len(files)} pictures can't be read: {', '.join(lost[:5])}")
+    return errors.DONE
+
+
+main.takes_arguments = True
+
+
+def _load(path: str) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise errors.UserError(f"--array ({path}) can't be read as a .npy file: {error}") from None
+
+
+def _plain(answer) -> dict:
+    classes = [{"class": name, "probability": share} for name, share in answer.classes]
+    return {**dataclasses.asdict(answer), "classes": classes}
+
+
+def _text(answer) -> str:
+    rows = [f"  {share:6.2%}  {name}" for name, share in answer.classes] or ["  can't be read"]
+    return "\n".join([answer.file, *rows])
+
+
+if __name__ == "__main__":
+    cli.run(main)
