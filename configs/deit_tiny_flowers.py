@@ -19,7 +19,7 @@ of this code. The default teacher is the Keras example's BiT-M R50x3, downloaded
 
 from ml_collections import ConfigDict
 
-from configs import base, quickstart
+from configs import base, deit_imagenet, quickstart
 
 BIT = "https://github.com/sayakpaul/deit-tf/releases/download/v0.1.0/bit_teacher_flowers.zip"
 
@@ -64,15 +64,7 @@ def scratch(c: ConfigDict) -> ConfigDict:
 
 def full(c: ConfigDict) -> ConfigDict:
     """Change `c` to the recipe of arXiv:2012.12877, section 6 and table 9, for one device: batch 256, not 1024."""
-    c.epochs = 300.0
-    c.augment.crop, c.augment.repeats = "random_resized", 3
-    c.augment.randaugment, c.augment.erasing = "rand-m9-mstd0.5-inc1", 0.25
-    c.augment.mixup, c.augment.cutmix = 0.8, 1.0
-    c.eval.crop_ratio = 0.875
-    c.optim.peak_lr, c.optim.lr_batch = 5e-4, 512
-    c.optim.warmup_epochs, c.optim.warmup_lr, c.optim.final_lr = 5.0, 1e-6, 1e-5
-    c.optim.ema_decay = 0.99996
-    return c
+    return deit_imagenet.recipe(c)
 
 
 def full_scratch(c: ConfigDict) -> ConfigDict:

@@ -20,6 +20,9 @@ from deit.teachers import labels
 _BASE_MEMORY = 0.45e9  # resident bytes of the process after the imports, measured on TensorFlow 2.15.1
 # Resident memory of a micro-batch over the outputs of its forward graph (DeiT-Ti at 16 peaks at 1.80 GB in all).
 _ACTIVATION_FACTOR = 0.7
+# NVIDIA's numbers for a V100 (SXM2), FLOP/s: tensor cores in half precision, and float32.
+_V100_HALF, _V100_SINGLE = 125e12, 15.7e12
+_UTILISATION = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "", 
     r, o = config.resolved, config.optim
     spent = cost(network)
     count = sum(int(np.prod(v.shape)) for _, v in paths.variables(network.model))
-    copies = 3 + bool(o.ema_decay) + o.amsgrad  # weights, two Adam moments
+    copies = 3 + bool(o.ema_decay) + o.amsgrad  # weights, two moments (Adam's, LAMB's)
     disk = 4 * count * copies
     memory = (
         _BASE_MEMORY
@@ -115,13 +118,38 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "", 
         f"{config.global_batch} global_batch",
         "updates": f"{r.total_updates:,} ({r.total_updates * config.global_batch / r.train_size:.2f} epochs), "
         f"{r.warmup_updates} of them warm-up",
-        "learning rate": f"peak {r.peak_lr:.4g} after scaling, {o.schedule}",
+        "learning rate": f"{o.name}, peak {r.peak_lr:.4g} after scaling, {o.schedule}{_layers(o)}",
         "weight decay": f"{o.weight_decay:g} {coupled}; {excluded}",
         "precision": config.precision,
+        "compute": _compute(spent.flops, config),
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
         "memory": f"about {memory / 1e9:.1f} GB without the teacher (estimate)",
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
+
+
+def gpu_hours(forward_flops: float, config) -> float:
+    """Return hours of a V100 that a run's updates take: forward and twice that backward, at a fifth of its peak.
+
+    The fifth is what the paper's own time comes to: DeiT-B, 300 epochs, 53 hours on 8 V100 (arXiv:2012.12877, section
+    5.6), 3 x 35.1 GFLOPs an image. Evaluation and a teacher's passes are not in it.
+    """
+    images = config.resolved.total_updates * config.global_batch
+    return 3.0 * forward_flops * images / (_UTILISATION * _peak(config.precision)) / 3600.0
+
+
+def _peak(precision: str) -> float:
+    return _V100_HALF if precision.startswith("mixed") else _V100_SINGLE
+
+
+def _compute(forward_flops: float, config) -> str:
+    total = 3.0 * forward_flops * config.resolved.total_updates * config.global_batch
+    hours = gpu_hours(forward_flops, config)
+    taught = ", the teacher's passes besides" if config.distill.kind != "none" else ""
+    return (
+        f"{total:.3g} FLOPs, about {hours:,.{1 if hours < 100 else 0}f} V100-hours at {_UTILISATION:.0%} of "
+        f"{_peak(config.precision) / 1e12:g} TFLOP/s{taught}"
+    )
 
 
 def size(count: float) -> str:
@@ -130,6 +158,11 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.0f} bytes"
+
+
+def _layers(o) -> str:
+    decay = f"; a layer's step is {o.layer_decay:g} of that of the one above" if o.layer_decay != 1 else ""
+    return decay + (f"; only {o.train_only} trained" if o.train_only else "")
 
 
 def _augmentation(a) -> str:

@@ -3,8 +3,8 @@
 python tools/predict.py --ckpt=runs/deit_tiny_flowers IMAGE_OR_DIR... [--top=5] [--json]
 python tools/predict.py --ckpt=runs/deit_tiny_flowers --array=x.npy [--raw] --out=y.npz
 
---ckpt is a run, a checkpoint, or what tools/convert_weights.py wrote. An array is [N, S, S, 3], pixels in [0, 255]; with
---raw it is float32 and normalised already. y.npz holds logits_cls, logits_dist (two heads) and logits, their mean.
+--ckpt is a run, a checkpoint, or what tools/convert_weights.py wrote. An array is [N, S, S, 3], pixels in [0, 255];
+with --raw it is float32 and normalised already. y.npz holds logits_cls, logits_dist (two heads) and logits, their mean.
 """
 
 import dataclasses
