@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     # all (a distilled variant's two) | cls (its distillation token has no head: only the class token answers)
     c.model.heads = "all"
     c.model.seed = 0  # drives initial weights and drop-path
+    c.model.norm_epsilon = 1e-6  # of the layer normalisations; networks of Hugging Face have 1e-12
     c.model.drop_path = 0.1  # rate of the last block, linear over depth (DeiT), or of all (DeiT-III); 0 <= . < 1
     c.model.mean = (0.485, 0.456, 0.406)  # input is (x / 255 - mean) / std; ImageNet's
     c.model.std = (0.229, 0.224, 0.225)

@@ -13,7 +13,7 @@ python main.py --config=configs/deit3_imagenet.py[:ARG] --mode=plan
 | huge_224  | 632 M      | 224 | 20     | 512   | AdamW 1e-5      | .55       | 85.2 %                              |
 | small_384 | 22 M       | 384 | 20     | 512   | AdamW 1e-5      | 0         |                                     |
 
-(none) is small. The second half fine-tunes the first, or converted weights: --config.init_from=runs/deit3_imagenet-base.
+(none) is small. The second half fine-tunes the first (--config.init_from=runs/deit3_imagenet-base), or other weights.
 The paper's huge trains at 160 px, of which its 14 px patches cover 154. These are the paper's
 numbers, not ours: nobody has trained them here (docs/recipes.md has the plans and their cost).
 """

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 import deit
@@ -24,6 +25,7 @@ from deit import config as configuration
 from deit.models import factory, layouts, paths, variants
 
 _IMAGENET = 1000
+_EPSILON_OF_HUGGINGFACE = 1e-12  # transformers' DeiTConfig and ViTConfig
 _HEADS = ("head/", "head_dist/")
 
 
@@ -51,12 +53,15 @@ def load(
     tensors = weights_file.read(file)
     layout = layout or layouts.detect(list(tensors))
     model = _model(variant, patch, registers)
-    if layout == "huggingface" and "classifier.weight" in tensors and variants.of_name(variant).distilled:
-        model.heads = "cls"  # DeiTForImageClassification
+    beside = weights_file.settings(file) if layout == "huggingface" else {}
+    if layout == "huggingface":
+        model.norm_epsilon = float(beside.get("layer_norm_eps", _EPSILON_OF_HUGGINGFACE))
+        if "classifier.weight" in tensors and variants.of_name(variant).distilled:
+            model.heads = "cls"  # DeiTForImageClassification
     size = image_size or variants.size_of(variant)
     factory.check(model, size)
     count = _count(file, layouts.classes(tensors, layout), classifier)
-    names = _names(count, classifier, names_file, weights_file.class_names(file))
+    names = _names(count, classifier, names_file, weights_file.class_names(beside))
 
     shape = variants.of_model(model)
     own = layouts.to_own(tensors, shape, layout=layout, image_size=size, num_classes=count)
@@ -212,7 +217,7 @@ def _write_huggingface(out: Path, tensors: Mapping[str, np.ndarray], config: Con
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": config.model.norm_epsilon,
         "qkv_bias": True,
         "image_size": config.data.image_size,
         "patch_size": shape.patch,

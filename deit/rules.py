@@ -173,6 +173,7 @@ _RULES: dict[str, _Rule] = {
     "model.patch": _at_least(0),
     "model.registers": _at_least(0),
     "model.heads": _one_of("all", "cls"),
+    "model.norm_epsilon": _POSITIVE,
     "model.drop_path": _BELOW_ONE,
     "model.mean": _THREE,
     "model.std": _THREE_POSITIVE,

@@ -49,12 +49,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def class_names(path: Path) -> tuple[str, ...]:
-    """Return the names in the config.json beside Hugging Face weights, in the order of the logits; () without."""
+def settings(path: Path) -> dict:
+    """Return the config.json beside Hugging Face weights, {} where there is none that can be read."""
     try:
         content = json.loads((file_of(path).parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def class_names(content: dict) -> tuple[str, ...]:
+    """Return the names in `settings`, in the order of the logits; () without, or where they are made up."""
+    try:
         names = {int(index): str(name) for index, name in content["id2label"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return ()
     if sorted(names) != list(range(len(names))) or all(name == f"LABEL_{index}" for index, name in names.items()):
         return ()

@@ -59,12 +59,13 @@ def build(
                 keep=len(shape.outputs) if i == last else 0,
                 stddev=shape.stddev,
                 layer_scale=shape.layer_scale,
+                epsilon=shape.norm_epsilon,
                 name=f"blocks.{i}",
                 dtype=policy,
             )
             for i, rate in enumerate(shape.rates(drop_path))
         ],
-        norm=vit.layer_norm("norm", policy),
+        norm=vit.layer_norm("norm", policy, shape.norm_epsilon),
         heads=heads(num_classes, shape.outputs, initializer=initializer),
     )
     return connect(parts, name, image_size=image_size)

@@ -60,7 +60,12 @@ def check(model_config: Any, image_size: int, *, load_weights: bool = True) -> N
     if shape is not None:
         _check_patch(shape.patch, model_config, image_size)
     if not name.startswith("deit"):
-        for field, default in (("patch", 0), ("registers", 0), ("heads", "all")):
+        for field, default in (
+            ("patch", 0),
+            ("registers", 0),
+            ("heads", "all"),
+            ("norm_epsilon", variants.NORM_EPSILON),
+        ):
             if model_config[field] != default:
                 raise errors.UserError(f"model.{field} ({model_config[field]}) is for DeiT's variants, not {name}")
     if name == "backbone" and load_weights:

@@ -10,6 +10,7 @@ Every name, shape and dtype is checked; what is missing, left over or of another
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -68,7 +69,7 @@ def to_own(
     `image_size`, resized where the file's grid is another. Errors: UserError naming tensors.
     """
     wanted = list(entries(shape, layout=layout, image_size=image_size, num_classes=num_classes))
-    given = dict(tensors)
+    given = {_classic(name): tensor for name, tensor in tensors.items()} if layout == "huggingface" else dict(tensors)
     if not num_classes:
         for entry in heads(shape, layout=layout, num_classes=1):
             for name in entry.names:
@@ -159,6 +160,15 @@ def heads(shape: Shape, *, layout: str, num_classes: int) -> Iterator[Entry]:
         yield Entry(f"{own}/bias", (f"{names[output]}.bias",), (), (num_classes,))
 
 
+def _classic(name: str) -> str:
+    """Return the name in a file that transformers writes, from that of the module in memory since its version 5."""
+    match = re.fullmatch(r"(deit|vit)\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if not match:
+        return name
+    root, block, inner, end = match.groups()
+    return f"{root}.encoder.layer.{block}.{_SINCE_5.get(inner, inner)}.{end}"
+
+
 def _check_huggingface(shape: Shape) -> None:
     if shape.layer_scale or not shape.prefix_slots or shape.registers:
         raise errors.UserError(
@@ -225,4 +235,13 @@ _HUGGINGFACE = {
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
     "norm": "layernorm",
+}
+
+_SINCE_5 = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
 }

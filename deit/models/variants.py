@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 INITIAL_STDDEV = 0.02  # DeiT's
+NORM_EPSILON = 1e-6  # of facebookresearch/deit and timm; transformers has 1e-12
 LAYER_SCALE = 1e-4  # DeiT-III's first value (facebookresearch/deit); timm starts at 1e-6
 
 
@@ -30,6 +31,7 @@ class Shape:
       constant_drop: whether every block drops at the same rate (DeiT-III), or from 0 up, linearly (DeiT).
       registers: register tokens after class and distillation token (arXiv:2309.16588).
       two_heads: whether the distillation token has a head of its own.
+      norm_epsilon: added to the variance in every layer normalisation.
     """
 
     dim: int
@@ -43,6 +45,7 @@ class Shape:
     constant_drop: bool = False
     registers: int = 0
     two_heads: bool = False
+    norm_epsilon: float = NORM_EPSILON
 
     @property
     def prefix(self) -> int:
@@ -87,7 +90,7 @@ def of_name(name: str) -> Shape | None:
 
 
 def of_model(model_config: Any) -> Shape | None:
-    """Return the sizes of `config.model`: its variant's, changed by `patch`, `registers` and `heads`."""
+    """Return the sizes of `config.model`: its variant's, changed by `patch`, `registers`, `heads` and `norm_epsilon`."""
     shape = of_name(model_config.variant)
     if shape is None:
         return None
@@ -96,6 +99,7 @@ def of_model(model_config: Any) -> Shape | None:
         patch=model_config.patch or shape.patch,
         registers=model_config.registers,
         two_heads=shape.distilled and model_config.heads == "all",
+        norm_epsilon=model_config.norm_epsilon,
     )
 
 

@@ -12,9 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from deit import keras
-from deit.models.variants import INITIAL_STDDEV
-
-LAYER_NORM_EPSILON = 1e-6
+from deit.models.variants import INITIAL_STDDEV, NORM_EPSILON
 
 _serializable = keras.utils.register_keras_serializable(package="deit")
 
@@ -31,9 +29,9 @@ def truncated_normal(stddev: float = INITIAL_STDDEV) -> Any:
     return keras.initializers.TruncatedNormal(stddev=stddev, seed=0)
 
 
-def layer_norm(name: str, policy: Any) -> Any:
+def layer_norm(name: str, policy: Any, epsilon: float = NORM_EPSILON) -> Any:
     """Return a layer normalisation; legacy Keras takes its statistics in float32 in mixed precision too."""
-    return keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPSILON, name=name, dtype=policy)
+    return keras.layers.LayerNormalization(epsilon=epsilon, name=name, dtype=policy)
 
 
 def apply_branch(x: tf.Tensor, branch: tf.Tensor, kept: tf.Tensor | None, rate: float) -> tf.Tensor:
@@ -223,15 +221,16 @@ class Block(keras.layers.Layer):
         keep: int = 0,
         stddev: float = INITIAL_STDDEV,
         layer_scale: float = 0.0,
+        epsilon: float = NORM_EPSILON,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.dim, self.heads, self.rate, self.keep = dim, heads, float(rate), keep
-        self.stddev, self.layer_scale = stddev, float(layer_scale)
+        self.stddev, self.layer_scale, self.epsilon = stddev, float(layer_scale), float(epsilon)
         policy = self.dtype_policy
-        self.norm1 = layer_norm("norm1", policy)
+        self.norm1 = layer_norm("norm1", policy, epsilon)
         self.attn = Attention(dim, heads, keep=keep, stddev=stddev, name="attn", dtype=policy)
-        self.norm2 = layer_norm("norm2", policy)
+        self.norm2 = layer_norm("norm2", policy, epsilon)
         self.mlp = Mlp(dim, stddev=stddev, name="mlp", dtype=policy)
         if layer_scale:
             self.ls1 = LayerScale(layer_scale, name="ls1", dtype=policy)
@@ -247,8 +246,8 @@ class Block(keras.layers.Layer):
         return apply_branch(x, self.ls2(branch) if self.layer_scale else branch, kept[1], self.rate)
 
     def get_config(self) -> dict[str, Any]:
-        fields = {"dim": self.dim, "heads": self.heads, "rate": self.rate, "keep": self.keep}
-        return {**super().get_config(), **fields, "stddev": self.stddev, "layer_scale": self.layer_scale}
+        names = ("dim", "heads", "rate", "keep", "stddev", "layer_scale", "epsilon")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 @_serializable
