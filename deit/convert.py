@@ -109,9 +109,10 @@ def export(source: Path, out: Path, *, layout: str, weights: str = "raw") -> str
     options = f", img_size={size}, num_classes={len(classes)}"
     options += f", patch_size={shape.patch}" if config.model.patch else ""
     options += f", reg_tokens={shape.registers}" if shape.registers else ""
-    return (
-        f"{out}: timm.create_model('{variants.untagged(config.model.variant)}'{options}, checkpoint_path='{out.name}')"
-    )
+    if shape.norm_epsilon != variants.NORM_EPSILON:
+        logging.warning("timm normalises with epsilon 1e-6, this network with %g: logits differ", shape.norm_epsilon)
+    name = variants.untagged(config.model.variant)
+    return f"{out}: timm.create_model('{name}'{options}, checkpoint_path='{out.name}')"
 
 
 def _check_new(out: Path) -> None:

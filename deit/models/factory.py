@@ -138,6 +138,9 @@ def _check_patch(patch: int, model_config: Any, image_size: int) -> None:
         raise errors.UserError(f"data.image_size ({image_size}) must be a multiple of {owner} ({patch})")
 
 
+# Fields that only DeiT's variants look at, as they are where they say nothing.
+_OF_DEIT = {"patch": 0, "registers": 0, "heads": "all", "norm_epsilon": variants.NORM_EPSILON}
+
 _POLICIES = {
     "float32": "float32",
     "tf32": "float32",  # the same dtypes; the runtime switches the tensor cores on

@@ -90,7 +90,7 @@ def of_name(name: str) -> Shape | None:
 
 
 def of_model(model_config: Any) -> Shape | None:
-    """Return the sizes of `config.model`: its variant's, changed by `patch`, `registers`, `heads` and `norm_epsilon`."""
+    """Return the sizes of `config.model`: its variant's, changed by the fields beside it."""
     shape = of_name(model_config.variant)
     if shape is None:
         return None
