@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -106,13 +107,33 @@ def export(source: Path, out: Path, *, layout: str, weights: str = "raw") -> str
         raise errors.UserError(f"--out ({out}) must end in .safetensors")
     with _whole(out) as temporary:
         weights_file.write(temporary, foreign)
-    options = f", img_size={size}, num_classes={len(classes)}"
-    options += f", patch_size={shape.patch}" if config.model.patch else ""
-    options += f", reg_tokens={shape.registers}" if shape.registers else ""
     if shape.norm_epsilon != variants.NORM_EPSILON:
         logging.warning("timm normalises with epsilon 1e-6, this network with %g: logits differ", shape.norm_epsilon)
+    return f"{out}: {_timm_call(config, shape, out.name)}"
+
+
+def _timm_call(config: ConfigDict, shape: variants.Shape, file: str) -> str:
+    """Return the Python that opens an exported file."""
     name = variants.untagged(config.model.variant)
-    return f"{out}: timm.create_model('{name}'{options}, checkpoint_path='{out.name}')"
+    options = {"img_size": config.data.image_size, "num_classes": len(config.resolved.classes)}
+    if config.model.patch:
+        options["patch_size"] = shape.patch
+    if shape.registers:
+        options["reg_tokens"] = shape.registers
+    if "_micro_" not in name:
+        return f"timm.create_model('{name}', {_arguments(options)}, checkpoint_path='{file}')"
+    options |= {"patch_size": shape.patch, "embed_dim": shape.dim, "depth": shape.depth, "num_heads": shape.heads}
+    if shape.layer_scale:
+        options |= {"init_values": shape.layer_scale, "no_embed_class": not shape.prefix_slots}
+    kind = "deit.VisionTransformerDistilled" if shape.distilled else "VisionTransformer"
+    return (
+        f"model = timm.models.{kind}({_arguments(options)}); "
+        f"model.load_state_dict(safetensors.torch.load_file('{file}'))"
+    )
+
+
+def _arguments(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _check_new(out: Path) -> None:

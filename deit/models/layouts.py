@@ -99,8 +99,7 @@ def from_own(
 
 def entries(shape: Shape, *, layout: str, image_size: int, num_classes: int) -> Iterator[Entry]:
     """Yield every tensor of a variant in a layout. Errors: UserError where the layout does not know the variant."""
-    if layout == "huggingface":
-        _check_huggingface(shape)
+    _check_known(shape, layout)
     names = _HUGGINGFACE if layout == "huggingface" else _TIMM
     root = ("deit." if shape.distilled else "vit.") if layout == "huggingface" else ""
     dim, count = shape.dim, (image_size // shape.patch) ** 2
@@ -169,11 +168,12 @@ def _classic(name: str) -> str:
     return f"{root}.encoder.layer.{block}.{_SINCE_5.get(inner, inner)}.{end}"
 
 
-def _check_huggingface(shape: Shape) -> None:
-    if shape.layer_scale or not shape.prefix_slots or shape.registers:
-        raise errors.UserError(
-            "transformers has no DeiT-III and no register tokens: use the layout timm for this variant"
-        )
+def _check_known(shape: Shape, layout: str) -> None:
+    """Raise UserError where a layout has no such network."""
+    if layout == "huggingface" and (shape.layer_scale or not shape.prefix_slots or shape.registers):
+        raise errors.UserError("transformers has no DeiT-III and no register tokens: use the layout timm")
+    if layout != "huggingface" and shape.distilled and not shape.two_heads:
+        raise errors.UserError(f"{layout} has no distilled network with one head (model.heads is cls): use huggingface")
 
 
 def _resized(given: dict[str, np.ndarray], name: str, wanted: tuple[int, ...], slots: int) -> dict[str, np.ndarray]:
