@@ -98,6 +98,7 @@ _TENSOR_OF = {
     "heads": "blocks/*/attn/qkv/kernel",
     "distilled": "tokens/dist_token",
     "registers": "tokens/reg_token",
+    "layer_scale": "blocks/*/ls1/gamma",
     "prefix_slots": "tokens/pos_embed",
 }
 
@@ -130,8 +131,9 @@ def _resize(tensors: dict[str, np.ndarray], count: int, slots: int) -> str:
 
 
 def _check_fit(init_from: str, tensors: dict[str, np.ndarray], ours: dict[str, Any]) -> None:
-    """Raise UserError for a tensor of the trunk that is missing, left over, or of another form; heads may be fresh."""
-    kept = {path: variable for path, variable in ours.items() if path in tensors or not path.startswith(_HEADS)}
+    """Raise UserError for a tensor of the trunk that is missing, left over, or of another form."""
+    heads = [path for path in tensors if path.startswith(_HEADS)]  # all or none: half of them would be no classifier
+    kept = {path: variable for path, variable in ours.items() if heads or not path.startswith(_HEADS)}
     problem = paths.misfit(list(kept.items()), tensors)
     if problem:
         raise errors.UserError(f"init_from ({init_from}) does not fit model.variant: {problem}")

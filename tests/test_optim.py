@@ -12,6 +12,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit import ema, optim
+from deit.models import paths
 
 KERNEL, BIAS = np.array([[1.0, -2.0], [0.5, 3.0]]), np.array([0.3, -0.7])
 GRADIENTS = [
@@ -23,6 +24,7 @@ GRADIENTS = [
 
 def config(**changes):
     fields = {
+        "name": "adamw",
         "schedule": "constant",
         "warmup_lr": 0.1,
         "final_lr": 0.0,
@@ -59,7 +61,7 @@ def numpy_adamw(decay_of, *, decay_bias=False, amsgrad=False, skip=()):
     return values, moments
 
 
-def train(settings, *, decayed=("kernel",), skip=()):
+def train(settings, *, decayed=("kernel",), skip=(), scales=()):
     variables = {"kernel": tf.Variable(KERNEL, dtype=tf.float32), "bias": tf.Variable(BIAS, dtype=tf.float32)}
     step = tf.Variable(0, dtype=tf.int64)
     optimizer = optim.build(settings, step)
@@ -67,7 +69,7 @@ def train(settings, *, decayed=("kernel",), skip=()):
     for i, gradients in enumerate(GRADIENTS):
         if i not in skip:
             pairs = [(tf.constant(g, tf.float32), v) for g, v in zip(gradients, variables.values())]
-            optim.apply(optimizer, pairs, [variables[name] for name in decayed])
+            optim.apply(optimizer, pairs, decayed=[variables[name] for name in decayed], scales=scales)
         step.assign_add(1)
     return optimizer, variables
 
@@ -92,6 +94,94 @@ def test_variables_that_are_not_listed_do_not_decay_and_an_empty_list_decays_non
     assert_equal(variables, numpy_adamw(lambda step: 0.5 * rate(step), decay_bias=True)[0])
     _, variables = train(config(), decayed=())
     assert_equal(variables, numpy_adamw(lambda step: 0.0)[0])
+
+
+def numpy_lamb(*, scales=(1.0, 1.0), skip=()):
+    """LAMB (arXiv:1904.00962, algorithm 2): the kernel decays and its step has its norm; the bias is plain Adam."""
+    values, moments, applied = [KERNEL.copy(), BIAS.copy()], [np.zeros((2, 2, 2)), np.zeros((2, 2))], 0
+    for step, gradients in enumerate(GRADIENTS):
+        if step in skip:
+            continue
+        applied += 1
+        for i, (value, moment, gradient) in enumerate(zip(values, moments, gradients)):
+            moment[0] = 0.9 * moment[0] + 0.1 * gradient
+            moment[1] = 0.99 * moment[1] + 0.01 * gradient**2
+            update = moment[0] / (1 - 0.9**applied) / (np.sqrt(moment[1] / (1 - 0.99**applied)) + 1e-3)
+            if i == 0:
+                update = update + 0.5 * value
+                update = update * np.sqrt((value**2).sum()) / np.sqrt((update**2).sum())
+            value -= rate(step) * scales[i] * update
+    return values, moments
+
+
+def test_lamb_is_the_paper_s_step_and_leaves_unadapted_what_does_not_decay():
+    optimizer, variables = train(config(name="lamb"))
+    expected, moments = numpy_lamb()
+    assert_equal(variables, expected)
+    slots = dict(optim.slots(optimizer, list(variables.items())))
+    assert sorted(slots) == ["optimizer/iterations", *(f"optimizer/{m}/{v}" for m in "mv" for v in ("bias", "kernel"))]
+    np.testing.assert_allclose(slots["optimizer/v/kernel"], moments[0][1], rtol=2e-5, atol=1e-6)
+
+
+def test_a_skipped_update_of_lamb_keeps_its_place_in_the_schedule_too():
+    _, variables = train(config(name="lamb"), skip=(1,))
+    assert_equal(variables, numpy_lamb(skip=(1,))[0])
+
+
+def test_a_scale_multiplies_the_step_of_lamb_after_the_norm_is_taken():
+    _, variables = train(config(name="lamb"), scales=[0.25, 1.0])
+    assert_equal(variables, numpy_lamb(scales=(0.25, 1.0))[0])
+    assert not np.allclose(variables["kernel"], numpy_lamb()[0][0], atol=1e-2)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_scale_multiplies_the_applied_step_of_adamw_which_a_scaled_gradient_would_not(coupled):
+    """One update: the whole step is scaled, and the decay with it where it follows the rate."""
+    step = {}
+    for scale in (1.0, 0.25):
+        _, variables = train(config(decay_coupled=coupled), skip=(1, 2), scales=[scale, 1.0])
+        step[scale] = (variables["kernel"].numpy() - KERNEL, variables["bias"].numpy() - BIAS)
+    decay = 0.5 * rate(0) * KERNEL if coupled else 0.5 * KERNEL
+    adam = -rate(0) * np.sign(GRADIENTS[0][0])  # of the first update, epsilon apart
+    np.testing.assert_allclose(step[1.0][0], adam - decay, atol=2e-3)
+    np.testing.assert_allclose(step[0.25][0], 0.25 * adam - (0.25 if coupled else 1.0) * decay, atol=2e-3)
+    np.testing.assert_array_equal(step[0.25][1], step[1.0][1])
+
+
+def test_the_distance_to_the_head_counts_blocks():
+    found = {path: paths.layer(path, 13) for path in (
+        "tokens/pos_embed", "tokens/cls_token", "patch_embed/proj/kernel", "blocks/0/norm1/gamma",
+        "blocks/11/mlp/fc2/bias", "norm/gamma", "head/kernel", "head_dist/bias",
+    )}  # fmt: skip
+    assert list(found.values()) == [0, 0, 0, 1, 12, 13, 13, 13]
+
+
+@pytest.mark.parametrize(
+    "only, trained",
+    [
+        (
+            "",
+            {
+                "patch_embed/proj/kernel",
+                "tokens/pos_embed",
+                "blocks/0/attn/qkv/bias",
+                "blocks/0/mlp/fc1/kernel",
+                "head/bias",
+            },
+        ),
+        ("attention", {"tokens/pos_embed", "blocks/0/attn/qkv/bias", "head/bias"}),
+        ("heads", {"head/bias"}),
+    ],
+)
+def test_train_only_says_what_is_trained(only, trained):
+    every = (
+        "patch_embed/proj/kernel",
+        "tokens/pos_embed",
+        "blocks/0/attn/qkv/bias",
+        "blocks/0/mlp/fc1/kernel",
+        "head/bias",
+    )
+    assert {path for path in every if paths.trains(path, only)} == trained
 
 
 def test_amsgrad_divides_by_the_largest_second_moment():
@@ -159,6 +249,14 @@ def test_under_a_strategy_every_replica_decays_skips_and_averages_as_one_device(
     assert found["iterations"] == 2
 
 
+@pytest.mark.parametrize("strategy", ["OneDeviceStrategy", "MirroredStrategy"])
+def test_under_a_strategy_every_replica_of_lamb_is_scaled_and_adapted(under_strategies, strategy):
+    found = under_strategies[f"{strategy} lamb"]
+    expected, _ = numpy_lamb(scales=(0.5, 1.0), skip=(1,))
+    for copy in found["kernel"]:
+        np.testing.assert_allclose(copy, expected[0], rtol=2e-5, atol=1e-6)
+
+
 def _main():
     """Apply, skip, apply; by `tf.cond` in cross-replica context, as the train step does."""
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -170,10 +268,11 @@ def _main():
     ):
         for coupled in (True, False):
             result[f"{type(strategy).__name__} {coupled}"] = _run(strategy, config(decay_coupled=coupled))
+        result[f"{type(strategy).__name__} lamb"] = _run(strategy, config(name="lamb"), scales=[0.5, 1.0])
     print(json.dumps(result))
 
 
-def _run(strategy, settings):
+def _run(strategy, settings, scales=()):
     with strategy.scope():
         step = tf.Variable(0, dtype=tf.int64, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
         kernel, bias = tf.Variable(KERNEL, dtype=tf.float32), tf.Variable(BIAS, dtype=tf.float32)
@@ -182,7 +281,7 @@ def _run(strategy, settings):
         average = tf.Variable(kernel, trainable=False)
 
     def apply(gradients, last):
-        optim.apply(optimizer, list(zip(gradients, [kernel, bias])), [kernel])
+        optim.apply(optimizer, list(zip(gradients, [kernel, bias])), decayed=[kernel], scales=scales)
         ema.update([average], [kernel], tf.where(last, 0.5, 1.0))
 
     @tf.function

@@ -99,11 +99,11 @@ def _timm(case: Case, scratch: Path, classes: int) -> Row:
         resized.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, resized))
         model = resized.eval()
     images = pictures(2, case.size)
-    expected = _timm_logits(model, images)
+    expected = timm_logits(model, images)
     return _finish(case, scratch, file, images, expected, state)
 
 
-def _timm_logits(model: Any, images: np.ndarray) -> dict[str, np.ndarray]:
+def timm_logits(model: Any, images: np.ndarray) -> dict[str, np.ndarray]:
     """Return each head's logits; timm itself gives only their mean outside training."""
     torch, _, _ = load()
     with torch.no_grad():

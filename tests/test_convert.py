@@ -1,0 +1,209 @@
+"""tools/convert_weights.py at the command line: what it writes is read by evaluation, and it refuses in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from deit import checkpoint, convert, errors, saved
+from tests import family
+from tests.test_layouts import huggingface, timm
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+VARIANT = "deit_micro_distilled_patch8_32"
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Return timm's weights of the micro network in a file."""
+    safetensors.numpy.save_file(timm(), tmp_path / "theirs.safetensors")
+    return tmp_path / "theirs.safetensors"
+
+
+def run(*arguments, code=0):
+    """Run the tool as a user does; return what it printed."""
+    command = [sys.executable, "tools/convert_weights.py", *map(str, arguments)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_the_tool_writes_a_checkpoint_with_its_provenance_and_overwrites_nothing(file, tmp_path):
+    out = tmp_path / "ours"
+    line = run(f"--from={file}", f"--variant={VARIANT}", f"--out={out}")
+    count = sum(value.size for value in timm().values())
+    assert f"{count:,} parameters" in line
+    assert "3 classes (class 0, class 1, class 2" in line
+    opened = saved.open_network(out)
+    assert opened.config.resolved.classes == ("class 0", "class 1", "class 2")
+    np.testing.assert_array_equal(opened.tensors["student/norm/beta"], timm_values(file, "norm.bias"))
+    source = checkpoint.manifest(out)["source"]
+    assert source["sha256"] == sha256(file) and source["layout"] == "timm" and source["file"] == "theirs.safetensors"
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run(f"--from={file}", f"--variant={VARIANT}", f"--out={out}", code=1).count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def timm_values(file, name):
+    return safetensors.numpy.load_file(file)[name]
+
+
+def sha256(path):
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_classifier_is_kept_dropped_or_replaced(file, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    convert.load(file, tmp_path / "dropped", variant=VARIANT, classifier="drop")
+    convert.load(file, tmp_path / "replaced", variant=VARIANT, classifier="replace", names_file=names)
+    with pytest.raises(errors.UserError, match=r"has no classifier \(it was dropped\): it is for init_from"):
+        saved.open_network(tmp_path / "dropped")
+    opened = saved.open_network(tmp_path / "replaced")
+    assert opened.config.resolved.classes == ("cat", "dog")
+    head = opened.tensors["student/head/kernel"]
+    assert head.shape == (64, 2) and 0 < np.abs(head).max() <= 0.2  # drawn anew: a normal of .1, cut at twice that
+    np.testing.assert_array_equal(opened.tensors["student/tokens/cls_token"], timm_values(file, "cls_token"))
+
+
+def test_a_thousand_classes_are_imagenet_s_in_the_order_of_its_folders(tmp_path):
+    safetensors.numpy.save_file(timm(classes=1000), tmp_path / "theirs.safetensors")
+    convert.load(tmp_path / "theirs.safetensors", tmp_path / "ours", variant=VARIANT)
+    config = saved.config_of(tmp_path / "ours")
+    classes = config.resolved.classes
+    assert (classes[0], classes[999], len(classes)) == ("n01440764", "n15075141", 1000)
+    assert list(classes) == sorted(classes)
+    assert (config.data.name, config.data.eval_split) == ("tfds:imagenet2012", "validation")
+
+
+def test_another_resolution_is_written_resized(file, tmp_path):
+    convert.load(file, tmp_path / "ours", variant=VARIANT, image_size=64)
+    opened = saved.open_network(tmp_path / "ours")
+    assert opened.network.image_size == 64 and opened.tensors["student/tokens/pos_embed"].shape == (1, 2 + 64, 64)
+
+
+def test_a_directory_of_transformers_brings_its_names_and_its_epsilon(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    safetensors.numpy.save_file(huggingface(timm()), tmp_path / "theirs" / "model.safetensors")
+    labels = {"0": "rose", "1": "tulip", "2": "daisy"}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({"id2label": labels, "layer_norm_eps": 1e-5}))
+    convert.load(tmp_path / "theirs", tmp_path / "ours", variant=VARIANT)
+    config = saved.config_of(tmp_path / "ours")
+    assert tuple(config.resolved.classes) == ("rose", "tulip", "daisy") and config.model.norm_epsilon == 1e-5
+
+
+def test_one_classifier_of_a_distilled_network_of_transformers_becomes_the_class_head(tmp_path):
+    w = {name: value for name, value in huggingface(timm()).items() if not name.startswith("distillation")}
+    w = {name.replace("cls_classifier", "classifier"): value for name, value in w.items()}
+    safetensors.numpy.save_file(w, tmp_path / "theirs.safetensors")
+    convert.load(tmp_path / "theirs.safetensors", tmp_path / "ours", variant=VARIANT)
+    opened = saved.open_network(tmp_path / "ours")
+    assert list(opened.network.model.output) == ["cls"] and opened.config.model.norm_epsilon == 1e-12
+    convert.export(tmp_path / "ours", tmp_path / "back", layout="huggingface")
+    back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == w.keys() and all(back[name].tobytes() == w[name].tobytes() for name in w)
+    content = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert content["architectures"] == ["DeiTForImageClassification"] and content["layer_norm_eps"] == 1e-12
+
+
+def test_export_takes_the_averages_where_it_is_told(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ours", VARIANT, ema=True)
+    convert.export(ckpt, tmp_path / "raw.safetensors", layout="timm")
+    convert.export(ckpt, tmp_path / "ema.safetensors", layout="timm", weights="ema")
+    raw, ema = (safetensors.numpy.load_file(tmp_path / f"{name}.safetensors") for name in ("raw", "ema"))
+    np.testing.assert_allclose(ema["blocks.1.attn.qkv.weight"], raw["blocks.1.attn.qkv.weight"] / 2, rtol=1e-6)
+    with pytest.raises(errors.UserError, match=r"has no averages \(EMA\)"):
+        convert.export(
+            family.checkpoint(tmp_path / "plain", VARIANT), tmp_path / "x.safetensors", layout="timm", weights="ema"
+        )
+
+
+def damaged(file, how):
+    data = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif how == "half":
+        w = {name: value.astype(np.float16) for name, value in safetensors.numpy.load_file(file).items()}
+        safetensors.numpy.save_file(w, file)
+    elif how == "nan":
+        w = safetensors.numpy.load_file(file)
+        w["norm.bias"][3] = np.nan
+        safetensors.numpy.save_file(w, file)
+    elif how == "grid":
+        w = safetensors.numpy.load_file(file)
+        w["pos_embed"] = w["pos_embed"][:, :14].copy()
+        safetensors.numpy.save_file(w, file)
+    elif how == "one head":
+        w = {n: v for n, v in safetensors.numpy.load_file(file).items() if not n.startswith("head_dist")}
+        safetensors.numpy.save_file(w, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "how, options, message",
+    [
+        ("truncated", {}, r"is no whole safetensors file"),
+        ("half", {}, r"blocks.0.attn.proj.bias is F16, not float32"),
+        ("nan", {}, r"the state is not finite: 1 of 64 elements of student/norm/beta"),
+        ("grid", {}, r"pos_embed has a grid of 12 patches, which is not square"),
+        ("one head", {}, r"missing head_dist.bias; missing head_dist.weight"),
+        ("", {"variant": "deit_micro_patch8_32"}, r"left over dist_token"),
+        ("", {"variant": "deit3_micro_patch8_32"}, r"missing blocks.0.ls1.gamma"),
+        ("", {"patch": 4}, r"patch_embed.proj.weight has shape \[64, 3, 8, 8\], not \[64, 3, 4, 4\]"),
+        ("", {"variant": "deit_small_distilled_patch16_224"}, r"cls_token has shape \[1, 1, 64\], not \[1, 1, 384\]"),
+        ("", {"variant": "deit_smal_patch16_224"}, r"nearest: deit_small_patch16_224"),
+        ("", {"variant": "backbone"}, r"must be a DeiT or DeiT-III"),
+        ("", {"image_size": 33}, r"data.image_size \(33\) must be a multiple of .*patch \(8\)"),
+        ("", {"classifier": "replace"}, r"--class_names must be given"),
+    ],
+)
+def test_bad_input_is_refused_by_the_tensor_s_name_and_nothing_is_left(file, tmp_path, how, options, message):
+    damaged(file, how)
+    with pytest.raises(errors.UserError, match=message):
+        convert.load(file, tmp_path / "ours", **{"variant": VARIANT, **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--variant=x"], "--from"),
+        (["--from=absent.safetensors", "--variant=deit_tiny_patch16_224", "--out=x"], "absent.safetensors is no file"),
+        (
+            ["--from=README.md", "--variant=deit_tiny_patch16_224", "--out=x"],
+            "README.md must end in .safetensors or .pth",
+        ),
+        (["--from=README.md", "--out=x"], "--variant must name the network"),
+        (["--from=README.md", "--variant=deit_tiny_patch16_224", "--out=README.md"], "exists and is not overwritten"),
+        (
+            ["--from=README.md", "--variant=deit_tiny_patch16_224", "--out=no/such/dir"],
+            "must lie in an existing directory",
+        ),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_exit_1(arguments, message):
+    line = run(*arguments, code=1)
+    assert message in line and line.count("\n") == 1
+
+
+def test_without_torch_a_pickle_is_answered_by_how_to_write_safetensors(tmp_path, monkeypatch):
+    from deit import weights_file
+
+    (tmp_path / "deit_tiny.pth").write_bytes(b"\x80\x04N.")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(errors.UserError, match=r"weights_only=True.*save_file\(.*deit_tiny.safetensors"):
+        weights_file.read(tmp_path / "deit_tiny.pth")
+
+
+def test_a_network_that_no_one_else_has_is_not_exported(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ours", "keras_example", size=32)
+    with pytest.raises(errors.UserError, match=r"model.variant \(keras_example\) must be a DeiT"):
+        convert.export(ckpt, tmp_path / "x.safetensors", layout="timm")
