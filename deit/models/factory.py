@@ -77,7 +77,8 @@ def build(
 ) -> Network:
     """Build the network of `config.model` and give it its initial weights.
 
-    `load_weights=False` leaves a backbone's own weights unread, for a caller that only counts or assigns.
+    `load_weights=False` leaves initial values undrawn and a backbone's own weights unread, for a caller that only counts
+    or assigns all.
 
     `precision` is float32, tf32, mixed_bfloat16 or mixed_float16; variables and logits are float32 in each.
 
@@ -108,7 +109,8 @@ def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weight
     name, image_size, num_classes = variants.untagged(model_config.variant), sizes["image_size"], sizes["num_classes"]
     if name in ("backbone", "groupnorm_resnet"):
         model, loaded = _OTHERS[name](model_config, **sizes, policy=policy, load_weights=load_weights)
-        paths.initialise(model, model_config.seed, loaded=loaded)
+        if load_weights:
+            paths.initialise(model, model_config.seed, loaded=loaded)
         return Network(model, model, (), image_size, num_classes)
     shared = {
         **sizes,
@@ -122,7 +124,8 @@ def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weight
         model, train_model = _OTHERS[name](**shared)
     else:
         model, train_model = deit.build(shape, name, **shared)
-    paths.initialise(model, model_config.seed)
+    if load_weights:
+        paths.initialise(model, model_config.seed)
     drop_rates = tuple(rate for rate in shape.rates(model_config.drop_path) for _ in range(2))
     return Network(model, train_model, drop_rates, image_size, num_classes)
 
