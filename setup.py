@@ -30,6 +30,12 @@ REQUIRED = [
 
 EXTRAS = {
     "gpu": ["tensorflow[and-cuda]>=2.15.1,<2.16"],  # CUDA 12.2 and cuDNN 8.9 as packages
+    "peers": [  # tools/weight_parity.py, .pth files, and the tests against other code bases
+        "torch>=2.13,<2.14",  # reads .pth files; the other two need it
+        "torchvision>=0.28,<0.29",  # of torch's own minor version; timm imports it
+        "timm>=1.0.31,<1.1",  # the reference of names and logits
+        "transformers>=5.24,<6",  # the same for Hugging Face's layout
+    ],
     "test": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",  # a hanging test fails instead of stopping the suite

@@ -142,10 +142,12 @@ def student(
     return report
 
 
-def checkpointed(path: str | Path, *, data_dir: str = "", teacher_path: str = "") -> tuple[int, Report]:
+def checkpointed(
+    path: str | Path, *, data_dir: str = "", data_name: str = "", split: str = "", teacher_path: str = ""
+) -> tuple[int, Report]:
     """Evaluate a run's newest checkpoint, or one checkpoint, on its own evaluation split; return (step, report).
 
-    `data_dir` and `teacher_path` replace what the run recorded. A teacher that can't be built costs a warning and
+    `data_dir`, `data_name`, `split` and `teacher_path` replace what the run recorded. A teacher that can't be built costs a warning and
     `eval/teacher_agreement`, nothing else. Errors: UserError for a path that is no checkpoint, or absent data.
     """
     runtime.prepare(saved.config_of(path).precision)
@@ -153,6 +155,7 @@ def checkpointed(path: str | Path, *, data_dir: str = "", teacher_path: str = ""
     config = opened.config
     with config.unlocked():
         config.data.data_dir = data_dir or config.data.data_dir
+        config.data.name, config.data.eval_split = data_name or config.data.name, split or config.data.eval_split
         if teacher_path:
             config.teacher.path = teacher_path
             config.teacher.kind = "run" if config.teacher.kind == "train" else config.teacher.kind

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: top-1 of both heads, of their averages and of the EMA, recall a class, teacher agreement.
 
 python tools/eval.py --ckpt=runs/deit_tiny_flowers [--data_dir=DIR] [--json=FILE]
+python tools/eval.py --ckpt=weights/deit_tiny_patch16_224 --data_name=folder:imagenet --split=val
 """
 
 import json
@@ -15,6 +16,8 @@ from deit import checkpoint, cli, errors
 
 CKPT = flags.DEFINE_string("ckpt", None, "A run directory (its newest checkpoint) or one checkpoint.", required=True)
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data is now; default: data.data_dir of the run.")
+DATA_NAME = flags.DEFINE_string("data_name", None, "tfds:NAME or folder:PATH instead of data.name of the run.")
+SPLIT = flags.DEFINE_string("split", None, "Split to evaluate on instead of data.eval_split of the run.")
 TEACHER = flags.DEFINE_string("teacher", None, "Where the teacher is now; default: teacher.path of the run.")
 JSON = flags.DEFINE_string("json", None, "Also write the metrics to this file.")
 
@@ -30,6 +33,8 @@ def main(_) -> int:
     step, report = evaluate.checkpointed(
         CKPT.value,
         data_dir=DATA_DIR.value or "",
+        data_name=DATA_NAME.value or "",
+        split=SPLIT.value or "",
         teacher_path=TEACHER.value or "",
     )
     print(evaluate.table(report.metrics))

@@ -48,8 +48,8 @@ def main(_) -> int:
     for row in rows:
         back = {True: "yes", False: "NO", None: ""}[row.round_trip]
         print(
-            f"| `{row.case.variant}` | {row.case.source} | {row.case.size} | {row.difference:.1e} | {row.largest:.2f} | "
-            f"{row.parameters:,} | {back} |"
+            f"| `{row.case.variant}` | {row.case.source} | {row.case.size} | {row.difference:.1e} | "
+            f"{row.largest:.2f} | {row.parameters:,} | {back} |"
         )
     if JSON.value:
         Path(JSON.value).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")

@@ -77,8 +77,8 @@ def build(
 ) -> Network:
     """Build the network of `config.model` and give it its initial weights.
 
-    `load_weights=False` leaves initial values undrawn and a backbone's own weights unread, for a caller that only counts
-    or assigns all.
+    `load_weights=False` leaves initial values undrawn and a backbone's weights unread, for a caller that only counts or
+    assigns all.
 
     `precision` is float32, tf32, mixed_bfloat16 or mixed_float16; variables and logits are float32 in each.
 
