@@ -1,5 +1,5 @@
 # Every target below does the set-up first (.venv, from setup.py and constraints.txt).
-#   make quickstart | test | slow | lint | tensorboard | .venv      PYTHON=/path/to/python3.11 chooses the interpreter
+#   make quickstart | test | slow | lint | tensorboard | peers | .venv      PYTHON=/path/to/python3.11 chooses the interpreter
 
 VENV = .venv
 BIN = $(VENV)/bin
@@ -13,7 +13,7 @@ CANDIDATES = $(or $(PYTHON),python3.11 python3.10 python3)
 FOUND = $(shell for p in $(CANDIDATES); do if "$$p" -c '$(PROBE)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 HELP = no working Python 3.10 or 3.11 with venv among: $(CANDIDATES). Get one with `uv python install 3.11`, `pyenv install 3.11` or `apt install python3.11-venv`, or name one: make PYTHON=/path/to/python3.11
 
-.PHONY: quickstart test slow lint tensorboard .venv
+.PHONY: quickstart test slow lint tensorboard peers .venv
 
 quickstart: $(READY)
 	$(BIN)/python main.py --config=configs/quickstart.py:teacher --workdir=$(RUNS)/teacher
@@ -33,6 +33,10 @@ lint: $(READY)
 
 tensorboard: $(READY)
 	$(BIN)/tensorboard --logdir runs
+
+# torch, timm and transformers: what reads .pth files, and what the tests compare with. The CPU build where there is one.
+peers: $(READY)
+	@$(PIP) --editable ".[peers]"
 
 .venv: $(READY)
 

@@ -147,8 +147,9 @@ def checkpointed(
 ) -> tuple[int, Report]:
     """Evaluate a run's newest checkpoint, or one checkpoint, on its own evaluation split; return (step, report).
 
-    `data_dir`, `data_name`, `split` and `teacher_path` replace what the run recorded. A teacher that can't be built costs a warning and
-    `eval/teacher_agreement`, nothing else. Errors: UserError for a path that is no checkpoint, or absent data.
+    `data_dir`, `data_name`, `split`, `teacher_path` replace what the run recorded. A teacher that can't be built costs
+    a warning and `eval/teacher_agreement`, nothing else. Errors: UserError for a path that is no checkpoint, or absent
+    data.
     """
     runtime.prepare(saved.config_of(path).precision)
     opened = saved.open_network(path)
