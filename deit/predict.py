@@ -42,7 +42,7 @@ def find(paths: Sequence[str]) -> list[str]:
             if not inside:
                 kinds = ", ".join(folder_source.EXTENSIONS)
                 raise errors.UserError(f"{path} holds no pictures ({kinds})")
-            found += [os.path.join(path, name) for name in inside]
+            found += [os.path.normpath(os.path.join(path, name)) for name in inside]
         elif os.path.exists(path):
             found.append(path)
         else:

@@ -158,7 +158,7 @@ def damaged(file, how):
         ("", {"variant": "deit_micro_patch8_32"}, r"left over dist_token"),
         ("", {"variant": "deit3_micro_patch8_32"}, r"missing blocks.0.ls1.gamma"),
         ("", {"patch": 4}, r"patch_embed.proj.weight has shape \[64, 3, 8, 8\], not \[64, 3, 4, 4\]"),
-        ("", {"variant": "deit_small_distilled_patch16_224"}, r"cls_token has shape \[1, 1, 64\], not \[1, 1, 384\]"),
+        ("", {"variant": "deit_small_distilled_patch16_224"}, r"blocks.0.attn.proj.bias has shape \[64\], not \[384\]"),
         ("", {"variant": "deit_smal_patch16_224"}, r"nearest: deit_small_patch16_224"),
         ("", {"variant": "backbone"}, r"must be a DeiT or DeiT-III"),
         ("", {"image_size": 33}, r"data.image_size \(33\) must be a multiple of .*patch \(8\)"),

@@ -74,8 +74,9 @@ def to_own(
         for entry in heads(shape, layout=layout, num_classes=1):
             for name in entry.names:
                 given.pop(name, None)
-    position = next(entry for entry in wanted if entry.own == _POSITIONS)
-    given = _resized(given, position.names[0], position.shape, shape.slots)
+    if given.keys() == {name for entry in wanted for name in entry.names}:  # else it is another network altogether
+        position = next(entry for entry in wanted if entry.own == _POSITIONS)
+        given = _resized(given, position.names[0], position.shape, shape.slots)
     _check(given, wanted, layout)
     return {entry.own: _ours(entry, [given[name] for name in entry.names]) for entry in wanted}
 
@@ -186,14 +187,15 @@ def _resized(given: dict[str, np.ndarray], name: str, wanted: tuple[int, ...], s
 
 def _check(given: Mapping[str, np.ndarray], wanted: Sequence[Entry], layout: str) -> None:
     shapes = {name: entry.shape for entry in wanted for name in entry.names}
-    problems = [f"missing {name}" for name in sorted(shapes.keys() - given.keys())]
-    problems += [f"left over {name}" for name in sorted(given.keys() - shapes.keys())]
+    problems = []
     for name in sorted(shapes.keys() & given.keys()):
         have = given[name]
         if have.shape != shapes[name]:
             problems.append(f"{name} has shape {list(have.shape)}, not {list(shapes[name])}")
         elif have.dtype != np.float32:
             problems.append(f"{name} is {have.dtype.name}, not float32")
+    problems += [f"missing {name}" for name in sorted(shapes.keys() - given.keys())]
+    problems += [f"left over {name}" for name in sorted(given.keys() - shapes.keys())]
     if problems:
         raise errors.UserError(f"the weights ({layout}) do not fit: {_listed(problems)}")
 
