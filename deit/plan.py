@@ -117,7 +117,7 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "", 
         "batch": f"{r.replicas} replicas x {config.micro_batch} micro_batch x {r.accum_steps} accum_steps = "
         f"{config.global_batch} global_batch",
         "updates": f"{r.total_updates:,} ({r.total_updates * config.global_batch / r.train_size:.2f} epochs), "
-        f"{r.warmup_updates} of them warm-up",
+        f"{r.warmup_updates:,} of them warm-up",
         "learning rate": f"{o.name}, peak {r.peak_lr:.4g} after scaling, {o.schedule}{_layers(o)}",
         "weight decay": f"{o.weight_decay:g} {coupled}; {excluded}",
         "precision": config.precision,

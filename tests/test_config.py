@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from configs import base, deit_tiny_flowers, quickstart, teacher_flowers
+from configs import base, deit3_imagenet, deit_imagenet, deit_tiny_flowers, finetune, quickstart, teacher_flowers
 from deit import config as configuration
 from deit import errors, rules
 
@@ -13,6 +13,9 @@ PRESETS = {
     "base": base.get_config,
     "teacher_flowers": teacher_flowers.get_config,
     **{f"deit_tiny_flowers:{a}": (lambda a=a: deit_tiny_flowers.get_config(a)) for a in deit_tiny_flowers.PRESETS},
+    **{f"deit_imagenet:{a}": (lambda a=a: deit_imagenet.get_config(a)) for a in deit_imagenet.PRESETS},
+    **{f"deit3_imagenet:{a}": (lambda a=a: deit3_imagenet.get_config(a)) for a in deit3_imagenet.PRESETS},
+    **{f"finetune:{a}": (lambda a=a: finetune.get_config(a)) for a in finetune.PRESETS},
     **{f"quickstart:{a}": (lambda a=a: quickstart.get_config(a)) for a in quickstart.PRESETS},
 }
 
@@ -41,7 +44,9 @@ def test_every_preset_is_valid_locked_and_has_exactly_the_fields_of_base(name):
 
 BAD = {
     "seed": -1, "epochs": 0.0, "total_updates": -1, "global_batch": 0, "micro_batch": 0, "precision": "float64",
-    "tpu": "", "startup_seconds": 0.0,
+    "tpu": "", "startup_seconds": 0.0, "init_weights": "best",
+    "model.patch": -1, "model.registers": -1, "model.heads": "both", "model.norm_epsilon": 0.0,
+    "optim.name": "adam", "optim.layer_decay": 1.5, "optim.train_only": "mlp",
     "strategy": "all", "devices": -1, "max_skipped": 0, "data.name": "flowers", "data.image_size": 4,
     "data.train_size": 0, "data.eval_size": 0, "data.num_classes": 1, "data.max_bad_fraction": 1.5,
     "data.threads": -1, "data.split_seed": -1, "data.max_ram_bytes": 0, "data.max_pixels": 0,
@@ -65,6 +70,7 @@ BAD = {
 
 # Any value is legal, or the value is checked against the machine: paths, names of networks, booleans, free text.
 UNBOUNDED = {
+    "init_from",
     "data.data_dir", "data.train_split", "data.eval_split", "model.variant", "model.backbone", "model.weights",
     "model.cut", "optim.decay_coupled", "optim.decay_exclude", "optim.amsgrad", "augment.three_augment",
     "teacher.path", "teacher.name", "teacher.weights", "teacher.class_names", "teacher.background",
@@ -102,6 +108,27 @@ def test_a_cache_needs_a_directory_that_is_mounted_and_something_to_ask():
     ):
         with pytest.raises(errors.UserError, match=message):
             rules.validate(changed(**{**taught, **changes}))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"optim.name": "lamb", "optim.amsgrad": True}, r"optim.amsgrad \(True\) must be False"),
+        ({"optim.name": "lamb", "optim.decay_coupled": False}, r"optim.decay_coupled \(False\) must be True"),
+        ({"model.variant": "backbone", "optim.layer_decay": 0.7}, r"optim.layer_decay \(0.7\) .* want a transformer"),
+        ({"model.variant": "backbone", "optim.train_only": "attention"}, r"'attention'\) want a transformer"),
+    ],
+)
+def test_settings_of_the_optimizer_that_do_not_go_together_are_refused(fields, message):
+    with pytest.raises(errors.UserError, match=message):
+        rules.validate(changed(**fields))
+
+
+@pytest.mark.parametrize("name", ["digits:", "digits:5", "digits:55", "digits:5a", "digits:٣٤"])
+def test_a_subset_of_the_digits_has_two_different_ones_or_more(name):
+    with pytest.raises(errors.UserError, match=r"data.name .* must be tfds:NAME"):
+        rules.validate(changed(**{"data.name": name}))
+    rules.validate(changed(**{"data.name": "digits:52"}))
 
 
 def test_a_misspelt_choice_is_answered_with_the_nearest_one():

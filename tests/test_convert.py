@@ -45,6 +45,10 @@ def test_the_tool_writes_a_checkpoint_with_its_provenance_and_overwrites_nothing
     np.testing.assert_array_equal(opened.tensors["student/norm/beta"], timm_values(file, "norm.bias"))
     source = checkpoint.manifest(out)["source"]
     assert source["sha256"] == sha256(file) and source["layout"] == "timm" and source["file"] == "theirs.safetensors"
+    from tools import checkpoint_tables, inspect_checkpoint
+
+    table = checkpoint_tables.inspection(inspect_checkpoint.inspect(out))
+    assert f"converted from: file theirs.safetensors, sha256 {sha256(file)}, layout timm" in table
     before = sorted(path.name for path in tmp_path.iterdir())
     assert run(f"--from={file}", f"--variant={VARIANT}", f"--out={out}", code=1).count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -256,6 +256,16 @@ def test_a_digit_is_named_by_its_row_in_scikit_learns_set():
         assert original.target[row] == labels[index]
 
 
+def test_some_of_the_digits_are_those_examples_labelled_in_the_order_they_are_named():
+    every = sources.open_source(data_config("digits"), "test")
+    some = sources.open_source(data_config("digits:95"), "test")
+    assert some.classes == ("9", "5")
+    encoded, labels = every.read(np.arange(len(every)))
+    wanted = [(every.name(i), encoded[i], {9: 0, 5: 1}[labels[i]]) for i in range(len(every)) if labels[i] in (9, 5)]
+    encoded, labels = some.read(np.arange(len(some)))
+    assert [(some.name(i), encoded[i], labels[i]) for i in range(len(some))] == wanted and len(wanted) > 60
+
+
 def test_unknown_digits_split_names_those_that_exist():
     with pytest.raises(errors.UserError, match=r"'validation'.*test, train"):
         sources.open_source(data_config("digits"), "validation")

@@ -38,6 +38,8 @@ def inspection(facts: dict) -> str:
             "counters: " + ", ".join(f"{name} {_or_dash(value, 'g')}" for name, value in facts["counters"].items())
         )
         parts.append("versions: " + ", ".join(f"{name} {value or '-'}" for name, value in facts["versions"].items()))
+    if "source" in facts:
+        parts.append("converted from: " + ", ".join(f"{name} {value}" for name, value in facts["source"].items()))
     return "\n\n".join(parts)
 
 

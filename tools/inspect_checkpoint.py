@@ -70,6 +70,7 @@ def inspect(path: Path) -> dict:
         if row["status"] == "verified":
             manifest = checkpoint.manifest(path)
             facts |= {"metrics": manifest["metrics"], "versions": manifest["versions"], **_contents(path)}
+            facts |= {"source": manifest["source"]} if "source" in manifest else {}
         return facts
     directory = path if path.name == "checkpoints" else path / "checkpoints"
     if not directory.is_dir():
