@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deit import checkpoint, errors, saver, summaries
+from deit import checkpoint, commit, errors, saver, summaries
 
 
 def child(code: str, workdir: Path, size: int) -> subprocess.CompletedProcess:
@@ -153,7 +153,7 @@ def state(step: int) -> dict[str, np.ndarray]:
 def test_a_full_file_system_keeps_the_old_checkpoint_and_takes_the_next_when_there_is_room(disk, monkeypatch, looks):
     """Room is looked for before; a disk that another process fills meanwhile is met by the write itself."""
     if not looks:
-        monkeypatch.setattr(saver, "ROOM", 0.0)
+        monkeypatch.setattr(commit, "ROOM", 0.0)
     writer = saver.Saver(disk, config_json="{}", keep=1, keep_every=0, max_failed=0, versions={})
     writer.save(1, state(1), metrics={})
     writer.finish()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from deit import checkpoint
+from deit import checkpoint, commit
 from deit import config as configuration
 from deit import saver as saving
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_a_table_of_its_tensors_by_group(tmp_path):
 
 
 def test_what_is_not_finite_is_counted_and_left_out_of_the_range(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "_check_finite", lambda tensors: None)  # as another version may have written it
+    monkeypatch.setattr(commit, "check_finite", lambda tensors: None)  # as another version may have written it
 
     def poisoned(step):
         return {**state(step), "student/head/bias": np.array([np.nan, np.inf, 2.5], np.float32)}

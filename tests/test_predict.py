@@ -110,7 +110,7 @@ def test_the_tool_writes_the_logits_of_an_array_once(two_heads, tmp_path):
     np.save(tmp_path / "x.npy", images)
     arguments = [f"--ckpt={two_heads}", f"--array={tmp_path / 'x.npy'}", "--raw", f"--out={tmp_path / 'y.npz'}"]
     assert "logits_dist [2, 3]" in run(*arguments)
-    found = np.load(tmp_path / "y.npz")
+    found = np.load(tmp_path / "y.npz", allow_pickle=False)
     want = predict.logits(predict.open_network(str(two_heads)), images, raw=True)
     for name, value in want.items():
         np.testing.assert_allclose(found[name], value, atol=1e-6)
