@@ -67,7 +67,6 @@ FEW = ("--config.total_updates=2", "--config.checkpoint.every_updates=1", "--con
     ],
 )  # fmt: skip
 def test_what_is_trained_moves_and_all_else_stays_bit_for_bit(start, tmp_path, flags, moves):
-    """Also through a stop: the second process continues after update 1 without the checkpoint it came from."""
     run = tmp_path / "run"
     said = main("digits", run, f"--config.init_from={start}", *FEW, *flags)
     before, after = student(start), student(run)
@@ -78,6 +77,7 @@ def test_what_is_trained_moves_and_all_else_stays_bit_for_bit(start, tmp_path, f
     assert ("resized from 4 x 4 to 6 x 6" in said) == ("--config.data.image_size=48" in flags)
 
 
+@pytest.mark.slow
 def test_layer_decay_scales_the_steps_of_a_real_update(start, tmp_path):
     """One update, decay off: the largest step of Adam is the rate, times the decay for every layer below the head."""
     run = tmp_path / "run"
