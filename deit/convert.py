@@ -191,7 +191,9 @@ def _config(model: ConfigDict, image_size: int, names: tuple[str, ...]) -> Confi
     c.data.name, c.data.train_split, c.data.eval_split = "tfds:imagenet2012", "train", "validation"
     if names != _imagenet():
         c.data.name, c.data.train_split, c.data.eval_split = "folder:pictures", "train", "val"
-    return configuration.resolve(c, train_size=1_281_167, eval_size=50_000, classes=names, replicas=1)
+    resolved = ConfigDict(configuration.resolve(c, train_size=1_281_167, eval_size=50_000, classes=names, replicas=1))
+    resolved.resolved.total_updates = 0  # nothing is left to train
+    return resolved
 
 
 def _commit(out: Path, own: Mapping[str, np.ndarray], config: ConfigDict, provenance: dict[str, str]) -> None:

@@ -86,6 +86,7 @@ def test_a_thousand_classes_are_imagenet_s_in_the_order_of_its_folders(tmp_path)
     assert (classes[0], classes[999], len(classes)) == ("n01440764", "n15075141", 1000)
     assert list(classes) == sorted(classes)
     assert (config.data.name, config.data.eval_split) == ("tfds:imagenet2012", "validation")
+    assert config.resolved.total_updates == 0  # as a teacher it is finished, and says so
 
 
 def test_another_resolution_is_written_resized(file, tmp_path):

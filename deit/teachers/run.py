@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import logging
 
 from deit import checkpoint, errors, saved
-from deit.models import factory
+from deit.models import factory, variants
 from deit.teachers import base
 
 
@@ -72,6 +72,8 @@ def preprocessing(config) -> dict[str, object]:
     model = of_run.model
     inside = {"variant": model.variant, "backbone": model.backbone, "cut": model.cut}
     inside |= {"mean": [float(v) for v in model.mean], "std": [float(v) for v in model.std]}
+    if model.norm_epsilon != variants.NORM_EPSILON:
+        inside["norm_epsilon"] = model.norm_epsilon
     return base.fields(_input(of_run)) | {f"teacher.model.{name}": value for name, value in inside.items()}
 
 
