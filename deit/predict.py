@@ -16,6 +16,7 @@ import tensorflow as tf
 import tqdm
 
 from deit import errors, keras, runtime, saved
+from deit import pictures as drawings
 from deit.data import folder_source, stream
 from deit.models import factory
 
@@ -58,19 +59,16 @@ def open_network(ckpt: str, *, weights: str = "raw") -> saved.Saved:
 
 def pictures(opened: saved.Saved, files: Sequence[str], *, top: int) -> list[Prediction]:
     """Return the `top` classes of each file, by the network's fused logits."""
-    config, names = opened.config, opened.config.resolved.classes
-    source = folder_source.Files(
-        files, np.zeros(len(files), np.int32), classes=names, max_pixels=config.data.max_pixels
-    )
-    batch = min(config.eval.batch, len(files))
+    names = opened.config.resolved.classes
 
     @tf.function(autograph=False)
     def probabilities(images):
         return tf.nn.softmax(factory.fused(opened.network.logits(tf.cast(images, tf.float32))))
 
     shares, readable = [], []
-    batches = stream.evaluation(source, config, batch=batch)
-    for part in tqdm.tqdm(batches, desc="predicting", unit="batch", delay=2.0, leave=False, disable=None):
+    for part in tqdm.tqdm(
+        _batches(opened, files), desc="predicting", unit="batch", delay=2.0, leave=False, disable=None
+    ):
         shares.append(probabilities(part["image"]).numpy())
         readable.append(part["weight"].numpy() > 0)
     share, known = np.concatenate(shares)[: len(files)], np.concatenate(readable)[: len(files)]
@@ -79,6 +77,24 @@ def pictures(opened: saved.Saved, files: Sequence[str], *, top: int) -> list[Pre
         Prediction(file, tuple((names[c], float(share[i, c])) for c in order[i]) if known[i] else ())
         for i, file in enumerate(files)
     ]
+
+
+def sheet(opened: saved.Saved, answers: Sequence[Prediction], *, columns: int = 4, most: int = 24) -> np.ndarray:
+    """Draw the first `most` pictures as the network saw them, each with its classes: uint8 [H, W, 3]."""
+    shown = list(answers[:most])
+    seen = np.concatenate([part["image"].numpy() for part in _batches(opened, [answer.file for answer in shown])])
+    cells = []
+    for image, answer in zip(seen, shown):
+        words = [f"{share:.1%} {name}" for name, share in answer.classes[:3]] or ["can't be read"]
+        cells.append((image, [os.path.basename(answer.file), *words]))
+    return drawings.sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
+
+
+def _batches(opened: saved.Saved, files: Sequence[str]) -> tf.data.Dataset:
+    config = opened.config
+    labels = np.zeros(len(files), np.int32)
+    source = folder_source.Files(files, labels, classes=config.resolved.classes, max_pixels=config.data.max_pixels)
+    return stream.evaluation(source, config, batch=min(config.eval.batch, len(files)))
 
 
 def logits(opened: saved.Saved, images: np.ndarray, *, raw: bool) -> dict[str, np.ndarray]:

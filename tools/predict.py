@@ -1,6 +1,6 @@
 """Classes and probabilities of pictures, or the logits of an array.
 
-python tools/predict.py --ckpt=runs/deit_tiny_flowers IMAGE_OR_DIR... [--top=5] [--json]
+python tools/predict.py --ckpt=runs/deit_tiny_flowers IMAGE_OR_DIR... [--top=5] [--json] [--picture=sheet.png]
 python tools/predict.py --ckpt=runs/deit_tiny_flowers --array=x.npy [--raw] --out=y.npz
 
 --ckpt is a run, a checkpoint, or what tools/convert_weights.py wrote. An array is [N, S, S, 3], pixels in [0, 255];
@@ -23,6 +23,7 @@ from deit import checkpoint, cli, errors
 CKPT = flags.DEFINE_string("ckpt", None, "A run (its newest checkpoint) or one checkpoint.", required=True)
 TOP = flags.DEFINE_integer("top", 5, "Classes shown a picture.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+PICTURE = flags.DEFINE_string("picture", None, "Also draw up to 24 pictures with their classes: a new .png file.")
 ARRAY = flags.DEFINE_string("array", None, "A .npy file instead of pictures.")
 RAW = flags.DEFINE_bool("raw", False, "--array is normalised already: the network's own normalisation is left out.")
 OUT = flags.DEFINE_string("out", None, "The .npz file that the logits of --array are written to; it must not exist.")
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> int:
         raise errors.UserError("--array and --out go together, and --raw goes with them")
     if OUT.value and (os.path.lexists(OUT.value) or not OUT.value.endswith(".npz")):
         raise errors.UserError(f"--out ({OUT.value}) must end in .npz and not exist")
+    if PICTURE.value and (ARRAY.value or os.path.lexists(PICTURE.value) or not PICTURE.value.endswith(".png")):
+        raise errors.UserError(f"--picture ({PICTURE.value}) must end in .png, not exist, and goes with pictures")
     checkpoint.locate(CKPT.value)
 
     from deit import predict  # TensorFlow starts only now, with everything checked that can be
@@ -49,7 +52,12 @@ def main(argv: list[str]) -> int:
         print(f"{OUT.value}: {', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}")
         return errors.DONE
     files = predict.find(files)
-    answers = predict.pictures(predict.open_network(CKPT.value, weights=WEIGHTS.value), files, top=TOP.value)
+    opened = predict.open_network(CKPT.value, weights=WEIGHTS.value)
+    answers = predict.pictures(opened, files, top=TOP.value)
+    if PICTURE.value:
+        import PIL.Image
+
+        PIL.Image.fromarray(predict.sheet(opened, answers)).save(PICTURE.value)
     print(json.dumps([_plain(a) for a in answers], indent=2) if JSON.value else "\n".join(map(_text, answers)))
     lost = [answer.file for answer in answers if not answer.classes]
     if lost:
