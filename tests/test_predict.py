@@ -69,7 +69,8 @@ def test_pictures_of_a_directory_get_the_probabilities_of_the_fused_logits(two_h
 def test_a_table_names_file_class_and_share_and_what_cannot_be_read_is_exit_1(two_heads, folder):
     want = expected(two_heads, folder / "a.png")
     text = run(f"--ckpt={two_heads}", folder / "a.png", f"--picture={folder / 'sheet.png'}")
-    assert Image.open(folder / "sheet.png").size[0] > 100
+    with Image.open(folder / "sheet.png") as sheet:
+        assert sheet.size[0] > 100
     (folder / "sheet.png").unlink()
     lines = text.splitlines()
     assert lines[0] == str(folder / "a.png") and len(lines) == 1 + 3  # three classes, though five are asked for
