@@ -120,3 +120,39 @@ def test_the_plan_of_deit_fits_the_paper(preset):
 def test_the_cost_of_deit_b_is_the_paper_s_53_hours_on_8_gpus_within_a_tenth():
     c = resolved(deit_imagenet.get_config("base"))
     assert abs(plan.gpu_hours(2 * 17.6e9, c) / (8 * 53) - 1) < 0.1  # 17.6 G multiply-adds, arXiv:2012.12877, table 5
+
+
+# (parameters in millions at 1000 classes, updates, rate): facebookresearch/deit's tables of both papers, and its commands.
+PLANS = {
+    **{
+        ("deit", f"{size}{distilled}"): (SIZES[size] + bool(distilled) * more, UPDATES_DEIT, "0.001")
+        for size, more in (("tiny", 0.2), ("small", 0.4), ("base", 0.8))
+        for distilled in ("", "_distilled")
+    },
+    ("deit", "base_384"): (86.9, round(30 * IMAGES / 512), "5e-06"),
+    ("deit", "base_distilled_384"): (87.6, round(30 * IMAGES / 512), "5e-06"),
+    ("deit3", "small"): (22.0, round(800 * IMAGES / 2048), "0.004"),
+    ("deit3", "base"): (86.6, round(800 * IMAGES / 2048), "0.003"),
+    ("deit3", "large"): (304.4, round(800 * IMAGES / 2048), "0.003"),
+    ("deit3", "huge"): (632.1, round(800 * IMAGES / 2048), "0.003"),
+    ("deit3", "base_224"): (86.6, round(20 * IMAGES / 512), "1e-05"),
+    ("deit3", "large_224"): (304.4, round(20 * IMAGES / 512), "1e-05"),
+    ("deit3", "huge_224"): (632.1, round(20 * IMAGES / 512), "1e-05"),
+    ("deit3", "small_384"): (22.0, round(20 * IMAGES / 512), "1e-05"),
+}
+
+
+def test_every_preset_has_a_plan_to_be_held_against():
+    presets = {("deit", name) for name in deit_imagenet.PRESETS} | {("deit3", name) for name in deit3_imagenet.PRESETS}
+    assert presets == PLANS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, preset", PLANS)
+def test_the_plan_of_every_preset_fits_its_paper(family, preset):
+    parameters, updates, rate = PLANS[family, preset]
+    rows = planned({"deit": deit_imagenet, "deit3": deit3_imagenet}[family].get_config(preset))
+    assert abs(million(rows) - parameters) < 0.3
+    assert row(rows, "updates").startswith(f"{updates:,} (")
+    assert f"peak {rate} after scaling" in row(rows, "learning rate")
+    assert re.search(r"about [\d,.]+ V100-hours at 20% of 125 TFLOP/s", row(rows, "compute"))
