@@ -122,7 +122,7 @@ def test_the_cost_of_deit_b_is_the_paper_s_53_hours_on_8_gpus_within_a_tenth():
     assert abs(plan.gpu_hours(2 * 17.6e9, c) / (8 * 53) - 1) < 0.1  # 17.6 G multiply-adds, arXiv:2012.12877, table 5
 
 
-# (parameters in millions at 1000 classes, updates, rate): facebookresearch/deit's tables of both papers, and its commands.
+# (million parameters at 1000 classes, updates, rate): the tables of both papers, facebookresearch/deit's commands.
 PLANS = {
     **{
         ("deit", f"{size}{distilled}"): (SIZES[size] + bool(distilled) * more, UPDATES_DEIT, "0.001")
