@@ -14,8 +14,9 @@ python main.py --config=configs/deit3_imagenet.py[:ARG] --mode=plan
 | small_384 | 22 M       | 384 | 20     | 512   | AdamW 1e-5      | 0         |                                     |
 
 (none) is small. The second half fine-tunes the first (--config.init_from=runs/deit3_imagenet-base), or other weights.
-The paper's huge trains at 160 px, of which its 14 px patches cover 154. These are the paper's
-numbers, not ours: nobody has trained them here (docs/recipes.md has the plans and their cost).
+The paper's huge trains at 160 px, of which its 14 px patches cover 154; here the pictures have 154. For the medium
+network no training command is published: `small` with --config.model.variant=deit3_medium_patch16_224 is a guess.
+These are the paper's numbers, not ours: nobody has trained them here (docs/recipes.md has the plans and their cost).
 """
 
 from ml_collections import ConfigDict
@@ -56,6 +57,7 @@ def _finer(c: ConfigDict, init_from: str) -> ConfigDict:
     c.epochs, c.global_batch, c.micro_batch = 20.0, 512, 32
     c.augment.crop, c.augment.randaugment = "random_resized", "rand-m9-mstd0.5-inc1"
     c.augment.mixup, c.augment.cutmix, c.augment.mix_group = 0.8, 1.0, 32
+    c.loss.kind, c.loss.smoothing, c.optim.name = "ce", 0.1, "adamw"
     c.optim.peak_lr, c.optim.weight_decay = 1e-5, 0.1
     c.optim.warmup_epochs, c.optim.warmup_lr, c.optim.final_lr = 5.0, 1e-6, 1e-5
     return c

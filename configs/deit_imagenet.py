@@ -68,7 +68,7 @@ def taught(c: ConfigDict) -> ConfigDict:
 
 
 def at_384(c: ConfigDict) -> ConfigDict:
-    """Change `c` to the fine-tuning at 384 px: 30 epochs, batch 512, a constant rate of 5e-6."""
+    """Change `c` to the fine-tuning at 384 px: 30 epochs, batch 512, 5e-6 after 5 epochs of warm-up from 1e-6."""
     c.init_from = f"runs/deit_imagenet-base{'_distilled' if 'distilled' in c.model.variant else ''}"
     c.data.image_size = 384
     c.global_batch, c.micro_batch, c.epochs = 512, 32, 30.0

@@ -2,7 +2,8 @@
 
 Promises: rate and coupled decay follow `step`, so a skipped update costs its place in the schedule; bias correction
 follows the optimizer's own `iterations`, the updates really applied; one `apply`, one iteration; a variable's scale
-(layer-wise decay of the rate) multiplies its applied step, never its gradient, which Adam would divide out again.
+(layer-wise decay of the rate) multiplies its applied step, decay included, and not its gradient, which Adam would
+divide out again.
 
 Two traps of tensorflow-addons 0.23 end here: its AdamW takes an empty list of variables to decay for all of them, and
 under MirroredStrategy looks for each replica's copy in that list, so mirrored variables never decay.
@@ -18,6 +19,9 @@ import tensorflow as tf
 from deit import addons, schedules
 
 
+_STEP = ("lr_t", "wd_t")  # what a step is made of: tensorflow-addons' names for the rate, and for AdamW's decay
+
+
 class _Scheduled:
     """What both optimizers share, in front of one of tensorflow-addons.
 
@@ -30,7 +34,6 @@ class _Scheduled:
     """
 
     moments: tuple[str, ...] = ("m", "v")
-    decay_follows_rate = True
     decayed: frozenset = frozenset()
     scales: Mapping[Any, float] = {}
 
@@ -45,9 +48,8 @@ class _Scheduled:
     def _resource_apply_dense(self, gradient, variable, apply_state=None):
         scale = self.scales.get(variable.ref(), 1.0)
         if scale != 1.0:
-            rates = ("lr_t", "wd_t") if self.decay_follows_rate else ("lr_t",)
             apply_state = {
-                place: {name: value * scale if name in rates else value for name, value in coefficients.items()}
+                place: {name: value * scale if name in _STEP else value for name, value in coefficients.items()}
                 for place, coefficients in apply_state.items()
             }
         return super()._resource_apply_dense(gradient, variable, apply_state=apply_state)
@@ -92,7 +94,6 @@ def _adamw(config, step: tf.Variable, rate_at: schedules.Schedule) -> AdamW:
         amsgrad=optim.amsgrad,
     )
     optimizer.moments = ("m", "v", "vhat") if optim.amsgrad else ("m", "v")
-    optimizer.decay_follows_rate = optim.decay_coupled
     return optimizer
 
 

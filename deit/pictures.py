@@ -21,12 +21,15 @@ BAR, GAP = (
 )  # RGB of the reliability diagram's bars and of their distance from the confidence
 
 
-def sheet(rows: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]]) -> np.ndarray:
-    """Draw pictures uint8 [H, W, 3] in rows, each with its lines of words above it; the first column stands apart."""
+def sheet(rows: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]], *, first: float = 1.15) -> np.ndarray:
+    """Draw pictures uint8 [H, W, 3] in rows, each with its lines of words above it.
+
+    `first`: width of the first column over that of the others, where it stands apart.
+    """
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(2.3 * columns, 2.95 * len(rows)), dpi=DPI, layout="constrained")
     grid = figure.subplots(
-        len(rows), columns, squeeze=False, gridspec_kw={"width_ratios": [1.15] + [1] * (columns - 1)}
+        len(rows), columns, squeeze=False, gridspec_kw={"width_ratios": [first] + [1] * (columns - 1)}
     )
     for axes in grid.flat:
         axes.set_axis_off()

@@ -4,15 +4,14 @@ Promises: numbers come from the resolved configuration and from the student's ow
 `offline` trains, downloads and writes nothing, and marks what it could not check.
 """
 
-import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit import config as configuration
-from deit import teachers, warm_start
+from deit import cost, teachers, warm_start
 from deit.data import sources
 from deit.models import factory, paths
 from deit.teachers import labels
@@ -25,75 +24,16 @@ _V100_HALF, _V100_SINGLE = 125e12, 15.7e12
 _UTILISATION = 0.2
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one image costs: forward floating-point operations (a multiply-add is two) and bytes of activations."""
-
-    flops: float
-    activation_bytes: float
-
-
-def cost(network: factory.Network) -> Cost:
-    """Return the cost of one image, counted on the forward graph."""
-    size = network.image_size
-
-    @tf.function
-    def forward(images):
-        return network.logits(images)
-
-    graph = forward.get_concrete_function(tf.TensorSpec([1, size, size, 3], tf.float32)).graph
-    return Cost(sum(_flops(op) for op in graph.get_operations()), sum(_bytes(op) for op in graph.get_operations()))
-
-
-def _flops(op: tf.Operation) -> float:
-    """Return the operations of a matrix product or convolution; everything else is small beside them."""
-    if op.type in ("MatMul", "BatchMatMulV2", "Conv2D", "DepthwiseConv2dNative"):
-        left, right, out = (tensor.shape.as_list() for tensor in (*op.inputs, op.outputs[0]))
-        if op.type == "MatMul":
-            inner = left[0] if op.get_attr("transpose_a") else left[1]
-        elif op.type == "BatchMatMulV2":
-            inner = left[-2] if op.get_attr("adj_x") else left[-1]
-        elif op.type == "Conv2D":
-            inner = right[0] * right[1] * right[2]
-        else:
-            inner = right[0] * right[1]
-        return 2.0 * inner * np.prod(out, dtype=np.float64)
-    if op.type == "Einsum":
-        return _einsum_flops(op)
-    return 0.0
-
-
-def _einsum_flops(op: tf.Operation) -> float:
-    sizes: dict[str, int] = {}
-    terms = op.get_attr("equation").decode().split("->")[0].split(",")
-    for term, tensor in zip(terms, op.inputs):
-        sizes.update(zip(term, tensor.shape.as_list()))
-    return 2.0 * float(np.prod([sizes[letter] for letter in sizes], dtype=np.float64))
-
-
-def _bytes(op: tf.Operation) -> float:
-    if op.type in (
-        "ReadVariableOp",
-        "Const",
-        "Placeholder",
-        "Reshape",
-        "Identity",
-        "NoOp",
-        "Shape",
-        "ExpandDims",
-    ):
-        return 0.0
-    shapes = [(tensor.shape, tensor.dtype.size) for tensor in op.outputs if tensor.shape.is_fully_defined()]
-    return float(sum(shape.num_elements() * size for shape, size in shapes))
-
-
-def describe(config, *, network: factory.Network, teacher: str, note: str = "", start: str = "") -> str:
+def describe(
+    config, *, network: factory.Network, teacher: str, teacher_flops: float = math.nan, note: str = "", start: str = ""
+) -> str:
     """Return the plan of a resolved configuration as lines of `name  value`.
 
-    `teacher` and `start` are lines on the teacher and on the checkpoint that the weights come from.
+    `teacher` and `start` are lines on the teacher and on the checkpoint that the weights come from; `teacher_flops` is
+    what the teacher's answer to one image costs, nan where nobody counted.
     """
     r, o = config.resolved, config.optim
-    spent = cost(network)
+    spent = cost.of(network.logits, network.image_size)
     count = sum(int(np.prod(v.shape)) for _, v in paths.variables(network.model))
     copies = 3 + bool(o.ema_decay) + o.amsgrad  # weights, two moments (Adam's, LAMB's)
     disk = 4 * count * copies
@@ -121,35 +61,50 @@ def describe(config, *, network: factory.Network, teacher: str, note: str = "", 
         "learning rate": f"{o.name}, peak {r.peak_lr:.4g} after scaling, {o.schedule}{_layers(o)}",
         "weight decay": f"{o.weight_decay:g} {coupled}; {excluded}",
         "precision": config.precision,
-        "compute": _compute(spent.flops, config),
+        "compute": _compute(spent.flops, teacher_flops, config),
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
         "memory": f"about {memory / 1e9:.1f} GB without the teacher (estimate)",
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
 
 
-def gpu_hours(forward_flops: float, config) -> float:
-    """Return hours of a V100 that a run's updates take: forward and twice that backward, at a fifth of its peak.
+def gpu_hours(flops: float, config) -> float:
+    """Return hours of a V100 that `flops` an image take over a run's updates, at a fifth of its peak.
 
-    The fifth is what the paper's own time comes to: DeiT-B, 300 epochs, 53 hours on 8 V100 (arXiv:2012.12877, section
-    5.6), 3 x 35.1 GFLOPs an image. Evaluation and a teacher's passes are not in it.
+    A student's update is three times its forward pass (twice that backward), a teacher's answer one. The fifth is what
+    the paper's own time comes to: DeiT-B, 300 epochs, 53 hours on 8 V100 (arXiv:2012.12877, section 5.6), 3 x 35
+    GFLOPs an image. Smaller networks reach less. Evaluation is not in it.
     """
-    images = config.resolved.total_updates * config.global_batch
-    return 3.0 * forward_flops * images / (_UTILISATION * _peak(config.precision)) / 3600.0
+    return flops * _images(config) / (_UTILISATION * _peak(config.precision)) / 3600.0
+
+
+def _images(config) -> int:
+    return config.resolved.total_updates * config.global_batch
 
 
 def _peak(precision: str) -> float:
     return _V100_HALF if precision.startswith("mixed") else _V100_SINGLE
 
 
-def _compute(forward_flops: float, config) -> str:
-    total = 3.0 * forward_flops * config.resolved.total_updates * config.global_batch
-    hours = gpu_hours(forward_flops, config)
-    taught = ", the teacher's passes besides" if config.distill.kind != "none" else ""
+def _compute(forward: float, teacher: float, config) -> str:
+    """Return what the updates cost: the student's, and the teacher's where it is asked during the run."""
+    student, unknown = 3.0 * forward, ""
+    asked = config.distill.kind != "none" and config.teacher.cache != "read"
+    if not asked or math.isnan(teacher):
+        teacher, unknown = 0.0, "; the teacher's answers are not counted" if asked else ""
+    hours = [_hours(gpu_hours(flops, config)) for flops in (student, teacher) if flops]
+    shares = f"{hours[0]} for the student and {hours[1]} for the teacher's answers" if teacher else hours[0]
     return (
-        f"{total:.3g} FLOPs, about {hours:,.{1 if hours < 100 else 0}f} V100-hours at {_UTILISATION:.0%} of "
-        f"{_peak(config.precision) / 1e12:g} TFLOP/s{taught}"
+        f"{(student + teacher) * _images(config):.3g} FLOPs, about {shares} "
+        f"at {_UTILISATION:.0%} of {_peak(config.precision) / 1e12:g} TFLOP/s{unknown}"
     )
+
+
+def _hours(hours: float) -> str:
+    """Return hours of a V100 for people."""
+    if hours < 1:
+        return f"{60 * hours:.2g} V100-minutes"
+    return f"{hours:,.{1 if hours < 100 else 0}f} V100-hours"
 
 
 def size(count: float) -> str:
@@ -225,4 +180,7 @@ def offline(config: ConfigDict, *, replicas: int) -> str:
         start = f"{config.init_from} ({config.init_weights}){absent}"
         if not absent:
             warm_start.check(config)
-    return describe(resolved, network=network, teacher=teachers.describe(config, count), note=note, start=start)
+    taught_by = teachers.describe(config, count)
+    return describe(
+        resolved, network=network, teacher=taught_by.line, teacher_flops=taught_by.flops, note=note, start=start
+    )

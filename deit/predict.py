@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 import tqdm
+from absl import logging
 
 from deit import errors, keras, runtime, saved
 from deit import pictures as drawings
-from deit.data import folder_source, stream
+from deit.data import folder_source, stream, survey
 from deit.models import factory
 
 
@@ -28,14 +29,19 @@ class Prediction:
     Attributes:
       file: its path, as given.
       classes: (name, probability), most probable first; empty where the picture can't be read.
+      problem: why it can't; "" where it can.
     """
 
     file: str
     classes: tuple[tuple[str, float], ...]
+    problem: str = ""
 
 
 def find(paths: Sequence[str]) -> list[str]:
-    """Return the files that are meant: each file, and the pictures below each directory, sorted. Errors: UserError."""
+    """Return the files that are meant: each file, and the pictures below each directory, sorted.
+
+    Files of other kinds in a directory are left out, which is logged. Errors: UserError.
+    """
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
@@ -43,6 +49,9 @@ def find(paths: Sequence[str]) -> list[str]:
             if not inside:
                 kinds = ", ".join(folder_source.EXTENSIONS)
                 raise errors.UserError(f"{path} holds no pictures ({kinds})")
+            others = sum(len(files) for _, _, files in os.walk(path)) - len(inside)
+            if others:
+                logging.info("%s: files of other kinds are left out (%d)", path, others)
             found += [os.path.normpath(os.path.join(path, name)) for name in inside]
         elif os.path.exists(path):
             found.append(path)
@@ -58,7 +67,10 @@ def open_network(ckpt: str, *, weights: str = "raw") -> saved.Saved:
 
 
 def pictures(opened: saved.Saved, files: Sequence[str], *, top: int) -> list[Prediction]:
-    """Return the `top` classes of each file, by the network's fused logits."""
+    """Return the `top` classes of each file, by the network's fused logits.
+
+    Pictures are read as they are stored: a warning says how many ask to be turned (EXIF).
+    """
     names = opened.config.resolved.classes
 
     @tf.function(autograph=False)
@@ -73,10 +85,24 @@ def pictures(opened: saved.Saved, files: Sequence[str], *, top: int) -> list[Pre
         readable.append(part["weight"].numpy() > 0)
     share, known = np.concatenate(shares)[: len(files)], np.concatenate(readable)[: len(files)]
     order = np.argsort(-share, axis=-1, kind="stable")[:, :top]
+    turned = sum(survey.is_turned(file) for file, read in zip(files, known) if read)
+    if turned:
+        logging.warning("EXIF orientation in %d of %d pictures: they are answered as stored", turned, len(files))
     return [
-        Prediction(file, tuple((names[c], float(share[i, c])) for c in order[i]) if known[i] else ())
+        Prediction(file, tuple((names[c], float(share[i, c])) for c in order[i]))
+        if known[i]
+        else Prediction(file, (), _problem(file, opened.config.data.max_pixels))
         for i, file in enumerate(files)
     ]
+
+
+def _problem(file: str, max_pixels: int) -> str:
+    """Return why a picture can't be read."""
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        return error.strerror or str(error)
+    return survey.examine(data, max_pixels=max_pixels).problem or "can't be read"
 
 
 def sheet(opened: saved.Saved, answers: Sequence[Prediction], *, columns: int = 4, most: int = 24) -> np.ndarray:
@@ -85,9 +111,9 @@ def sheet(opened: saved.Saved, answers: Sequence[Prediction], *, columns: int = 
     seen = np.concatenate([part["image"].numpy() for part in _batches(opened, [answer.file for answer in shown])])
     cells = []
     for image, answer in zip(seen, shown):
-        words = [f"{share:.1%} {name}" for name, share in answer.classes[:3]] or ["can't be read"]
+        words = [f"{share:.1%} {name}" for name, share in answer.classes] or [f"can't be read: {answer.problem}"]
         cells.append((image, [os.path.basename(answer.file), *words]))
-    return drawings.sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
+    return drawings.sheet([cells[i : i + columns] for i in range(0, len(cells), columns)], first=1.0)
 
 
 def _batches(opened: saved.Saved, files: Sequence[str]) -> tf.data.Dataset:

@@ -33,7 +33,7 @@ def build(workdir=".", classes=CLASSES, **teacher):
 
 
 def describe(num_classes=3, **teacher):
-    return teachers.describe(config(**teacher), num_classes)
+    return teachers.describe(config(**teacher), num_classes).line
 
 
 def identity(workdir=".", **teacher):

@@ -36,10 +36,16 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-def run(*arguments, code=0):
-    command = [sys.executable, "tools/predict.py", *map(str, arguments)]
+def start(*arguments, limit="unlimited"):
+    """Run the tool, with files of at most `limit` kB."""
+    command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", sys.executable, "tools/predict.py"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment, timeout=120)
+    command += map(str, arguments)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def run(*arguments, code=0):
+    done = start(*arguments)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -68,16 +74,17 @@ def test_pictures_of_a_directory_get_the_probabilities_of_the_fused_logits(two_h
 
 def test_a_table_names_file_class_and_share_and_what_cannot_be_read_is_exit_1(two_heads, folder):
     want = expected(two_heads, folder / "a.png")
-    text = run(f"--ckpt={two_heads}", folder / "a.png", f"--picture={folder / 'sheet.png'}")
-    with Image.open(folder / "sheet.png") as sheet:
-        assert sheet.size[0] > 100
-    (folder / "sheet.png").unlink()
-    lines = text.splitlines()
-    assert lines[0] == str(folder / "a.png") and len(lines) == 1 + 3  # three classes, though five are asked for
-    assert lines[1].split() == [f"{want.max():.2%}", "abc"[want.argmax()]]
     (folder / "torn.png").write_bytes(b"\x89PNG torn")
-    complaint = run(f"--ckpt={two_heads}", folder, code=1)
-    assert "1 of 4 pictures can't be read" in complaint and "torn.png" in complaint
+    sheet = folder.parent / "sheet.png"
+    done = start(f"--ckpt={two_heads}", folder / "a.png", folder / "torn.png", f"--picture={sheet}")
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[0] == str(folder / "a.png") and lines[4] == str(folder / "torn.png")  # three classes, five asked for
+    assert lines[1].split() == [f"{want.max():.2%}", "abc"[want.argmax()]]
+    assert lines[5].startswith("  can't be read: cannot identify image file") and len(lines) == 6
+    assert done.stderr.splitlines()[-1].endswith(f"1 of 2 pictures can't be read: {folder / 'torn.png'}")
+    with Image.open(sheet) as drawn:
+        assert drawn.size[0] > 100
 
 
 def test_an_array_that_is_normalised_already_gets_the_logits_of_its_pixels(two_heads, one_head):
@@ -121,6 +128,65 @@ def test_the_tool_writes_the_logits_of_an_array_once(two_heads, tmp_path):
     assert "must end in .npz and not exist" in run(*arguments, code=1)
 
 
+def test_an_archive_of_arrays_is_no_array(one_head, tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros([1, 32, 32, 3], np.float32))
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04torn")
+    for name, message in (
+        ("x.npz", "is an .npz archive, not a .npy file"),
+        ("torn.npz", "can't be read as a .npy file"),
+    ):
+        line = run(f"--ckpt={one_head}", f"--array={tmp_path / name}", f"--out={tmp_path / 'y.npz'}", code=1)
+        assert message in line and line.count("\n") == 1
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(one_head, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros([99, 32, 32, 3], np.float32))
+    arguments = [f"--ckpt={one_head}", f"--array={tmp_path / 'x.npy'}", f"--out={tmp_path / 'y.npz'}"]
+    done = start(*arguments, limit=1)
+    assert done.returncode == 1 and "y.npz can't be written: File too large" in done.stderr.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_a_picture_that_asks_to_be_turned_is_answered_as_it_is_stored_and_said(two_heads, folder, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    with Image.open(folder / "a.png") as image:
+        image.save(folder / "turned.png", exif=exif)
+    opened = predict.open_network(str(two_heads))
+    with caplog.at_level("WARNING", logger="absl"):
+        upright, turned = predict.pictures(opened, [str(folder / "a.png"), str(folder / "turned.png")], top=3)
+    assert upright.classes == turned.classes
+    assert "EXIF orientation in 1 of 2 pictures" in caplog.text
+
+
+def test_what_cannot_be_read_has_its_reason(two_heads, folder, caplog):
+    (folder / "torn.png").write_bytes(b"\x89PNG torn")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no picture")
+    with caplog.at_level("INFO", logger="absl"):
+        files = predict.find([str(folder)])
+    assert "files of other kinds are left out (1)" in caplog.text
+    answers = predict.pictures(predict.open_network(str(two_heads)), files, top=1)
+    problems = {os.path.basename(answer.file): answer.problem for answer in answers}
+    assert [name for name, problem in problems.items() if problem] == ["empty.png", "torn.png"]
+    assert problems["empty.png"] == "the file is empty or can't be read"
+    assert "cannot identify image file" in problems["torn.png"]
+
+
+def test_the_sheet_shows_every_picture_at_the_same_width(two_heads, tmp_path):
+    """Two red pictures beside each other: the runs of red in a row of the sheet are equally long."""
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full([32, 32, 3], (255, 0, 0), np.uint8)).save(tmp_path / name)
+    opened = predict.open_network(str(two_heads))
+    answers = predict.pictures(opened, predict.find([str(tmp_path)]), top=3)
+    drawn = predict.sheet(opened, answers)
+    red = (drawn == (255, 0, 0)).all(-1)
+    (row,) = red[[red.sum(1).argmax()]]
+    edges = np.flatnonzero(np.diff(row.astype(int)))
+    widths = np.diff(edges)[::2]
+    assert len(widths) == 2 and abs(int(widths[0]) - int(widths[1])) <= 1 and widths[0] > 50
+
+
 def test_averaged_weights_give_other_answers(two_heads, one_head):
     images = RANDOM.uniform(0, 255, [1, 32, 32, 3]).astype(np.float32)
     raw, ema = (
@@ -157,6 +223,9 @@ def test_an_array_of_another_form_is_refused(one_head, images, raw, message):
         (["no/such.png"], "no/such.png is no file or directory"),
         (["launch"], "launch holds no pictures"),
         (["--array=README.md", "--out=y.npz"], "README.md) can't be read as a .npy file"),
+        (["--array=no.npy", "--out=no/such/y.npz"], "--out (no/such/y.npz) must lie in an existing directory"),
+        (["README.md", "--picture=no/such/y.png"], "--picture (no/such/y.png) must lie in an existing directory"),
+        (["README.md", "--picture=README.md"], "--picture (README.md) must end in .png and not exist"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_1(one_head, arguments, message):

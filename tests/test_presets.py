@@ -10,6 +10,7 @@ from deit import train_step
 from deit.data import sources, stream
 from deit.models import factory, paths
 from deit.teachers import labels
+from tests.published import DEIT
 
 UPDATES = 20
 
@@ -63,52 +64,6 @@ def test_the_card_preset_holds_the_cards_hyperparameters():
     assert (config.global_batch, config.precision, config.model.variant) == (16, "float32", "keras_example")
 
 
-# Touvron et al., arXiv:2012.12877, section 6 and table 9 (column DeiT-B, used for every size) and, for what the table
-# leaves out, the defaults of facebookresearch/deit's main.py at 7e160fe. Written out field by field: a new default of
-# configs/base.py must not change a published recipe.
-DEIT = {
-    "epochs": 300.0,
-    "augment.crop": "random_resized",  # bicubic
-    "augment.scale": (0.08, 1.0),
-    "augment.ratio": (3 / 4, 4 / 3),
-    "augment.flip": 0.5,
-    "augment.randaugment": "rand-m9-mstd0.5-inc1",  # table 9: 9 / 0.5
-    "augment.three_augment": False,
-    "augment.jitter": 0.0,  # main.py's 0.4 is not used where there is RandAugment
-    "augment.erasing": 0.25,
-    "augment.mixup": 0.8,
-    "augment.cutmix": 1.0,
-    "augment.mix_prob": 1.0,
-    "augment.mix_switch": 0.5,
-    "augment.repeats": 3,
-    "eval.crop_ratio": 0.875,  # 224 of 256 px
-    "data.image_size": 224,
-    "model.mean": (0.485, 0.456, 0.406),
-    "model.std": (0.229, 0.224, 0.225),
-    "model.drop_path": 0.1,
-    "optim.peak_lr": 5e-4,  # table 9: 0.0005 x batch / 512
-    "optim.lr_batch": 512,
-    "optim.schedule": "cosine",
-    "optim.warmup_epochs": 5.0,
-    "optim.warmup_lr": 1e-6,
-    "optim.final_lr": 1e-5,
-    "optim.weight_decay": 0.05,
-    "optim.decay_coupled": True,  # PyTorch's AdamW
-    "optim.decay_exclude": True,
-    "optim.beta_1": 0.9,
-    "optim.beta_2": 0.999,
-    "optim.epsilon": 1e-8,
-    "optim.amsgrad": False,
-    "optim.clip_norm": 0.0,
-    "optim.ema_decay": 0.99996,
-    "loss.kind": "ce",
-    "loss.smoothing": 0.1,
-    "distill.alpha": 0.5,
-    "distill.form": "kl",
-    "distill.reduction": "batch",
-    "distill.weighting": "convex",
-    "distill.tau": 3.0,
-}
 NOT_THE_PAPERS = {
     "global_batch": 256,  # 1024: one device
     "augment.mix_group": 64,  # the whole batch of a process

@@ -321,7 +321,7 @@ def test_the_plan_s_line_on_a_run_or_a_teacher_to_be_trained_counts_its_network(
     c = config(kind="train")
     c.teacher.train = template.get_config()
     c.teacher.train.data.image_size, c.teacher.train.model.variant = 16, "deit_micro_distilled_patch4_32"
-    assert teachers.describe(c, 3) == f"train: {size}"
+    assert teachers.describe(c, 3).line == f"train: {size}"
 
 
 def test_a_run_with_the_same_classes_in_another_order_is_refused(finished_run):

@@ -5,12 +5,14 @@ python tools/predict.py --ckpt=runs/deit_tiny_flowers --array=x.npy [--raw] --ou
 
 --ckpt is a run, a checkpoint, or what tools/convert_weights.py wrote. An array is [N, S, S, 3], pixels in [0, 255];
 with --raw it is float32 and normalised already. y.npz holds logits_cls, logits_dist (two heads) and logits, their mean.
+Pictures are read as training reads them: as they are stored, without the turn that EXIF may ask for.
 """
 
-import dataclasses
+import io
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from absl import flags
 
-from deit import checkpoint, cli, errors
+from deit import checkpoint, cli, errors, workdir
 
 CKPT = flags.DEFINE_string("ckpt", None, "A run (its newest checkpoint) or one checkpoint.", required=True)
 TOP = flags.DEFINE_integer("top", 5, "Classes shown a picture.", lower_bound=1)
@@ -37,51 +39,85 @@ def main(argv: list[str]) -> int:
         raise errors.UserError("name pictures or directories of pictures, or an --array")
     if bool(ARRAY.value) != bool(OUT.value) or (RAW.value and not ARRAY.value):
         raise errors.UserError("--array and --out go together, and --raw goes with them")
-    if OUT.value and (os.path.lexists(OUT.value) or not OUT.value.endswith(".npz")):
-        raise errors.UserError(f"--out ({OUT.value}) must end in .npz and not exist")
-    if PICTURE.value and (ARRAY.value or os.path.lexists(PICTURE.value) or not PICTURE.value.endswith(".png")):
-        raise errors.UserError(f"--picture ({PICTURE.value}) must end in .png, not exist, and goes with pictures")
+    if PICTURE.value and ARRAY.value:
+        raise errors.UserError("--picture goes with pictures, not with an --array")
+    _check_new("--out", OUT.value, ".npz")
+    _check_new("--picture", PICTURE.value, ".png")
     checkpoint.locate(CKPT.value)
+    return _array() if ARRAY.value else _pictures(files)
+
+
+main.takes_arguments = True
+
+
+def _array() -> int:
+    """Write the logits of --array to --out."""
+    images = _load(ARRAY.value)
 
     from deit import predict  # TensorFlow starts only now, with everything checked that can be
 
-    if ARRAY.value:
-        images = _load(ARRAY.value)
-        found = predict.logits(predict.open_network(CKPT.value, weights=WEIGHTS.value), images, raw=RAW.value)
-        np.savez(OUT.value, **found)
-        print(f"{OUT.value}: {', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}")
-        return errors.DONE
-    files = predict.find(files)
+    found = predict.logits(predict.open_network(CKPT.value, weights=WEIGHTS.value), images, raw=RAW.value)
+    content = io.BytesIO()
+    np.savez(content, **found)
+    _write(OUT.value, content)
+    print(f"{OUT.value}: {', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}")
+    return errors.DONE
+
+
+def _pictures(paths: list[str]) -> int:
+    """Print the classes of the pictures at `paths`."""
+    from deit import predict
+
+    files = predict.find(paths)
     opened = predict.open_network(CKPT.value, weights=WEIGHTS.value)
     answers = predict.pictures(opened, files, top=TOP.value)
+    print(json.dumps([_plain(a) for a in answers], indent=2) if JSON.value else "\n".join(map(_text, answers)))
     if PICTURE.value:
         import PIL.Image
 
-        PIL.Image.fromarray(predict.sheet(opened, answers)).save(PICTURE.value)
-    print(json.dumps([_plain(a) for a in answers], indent=2) if JSON.value else "\n".join(map(_text, answers)))
+        content = io.BytesIO()
+        PIL.Image.fromarray(predict.sheet(opened, answers)).save(content, format="PNG")
+        _write(PICTURE.value, content)
     lost = [answer.file for answer in answers if not answer.classes]
     if lost:
         raise errors.UserError(f"{len(lost)} of {len(files)} pictures can't be read: {', '.join(lost[:5])}")
     return errors.DONE
 
 
-main.takes_arguments = True
+def _check_new(flag: str, path: str | None, ending: str) -> None:
+    if path is None:
+        return
+    if os.path.lexists(path) or not path.endswith(ending):
+        raise errors.UserError(f"{flag} ({path}) must end in {ending} and not exist")
+    if not Path(path).absolute().parent.is_dir():
+        raise errors.UserError(f"{flag} ({path}) must lie in an existing directory")
 
 
 def _load(path: str) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise errors.UserError(f"--array ({path}) can't be read as a .npy file: {error}") from None
+    if not isinstance(found, np.ndarray):
+        raise errors.UserError(f"--array ({path}) is an .npz archive, not a .npy file")
+    return found
+
+
+def _write(path: str, content: io.BytesIO) -> None:
+    """Write a new file, whole or not at all."""
+    try:
+        workdir.write(Path(path), content.getvalue())
+    except OSError as error:
+        raise errors.UserError(f"{path} can't be written: {error.strerror or error}") from None
 
 
 def _plain(answer) -> dict:
     classes = [{"class": name, "probability": share} for name, share in answer.classes]
-    return {**dataclasses.asdict(answer), "classes": classes}
+    return {"file": answer.file, "classes": classes, **({"problem": answer.problem} if answer.problem else {})}
 
 
 def _text(answer) -> str:
-    rows = [f"  {share:6.2%}  {name}" for name, share in answer.classes] or ["  can't be read"]
+    rows = [f"  {share:6.2%}  {name}" for name, share in answer.classes] or [f"  can't be read: {answer.problem}"]
     return "\n".join([answer.file, *rows])
 
 

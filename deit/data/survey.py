@@ -105,6 +105,15 @@ def examine(data: bytes, *, max_pixels: int) -> Seen:
     return Seen(digest, _refused_by_tensorflow(data, max_pixels), *facts, turned)
 
 
+def is_turned(file: str) -> bool:
+    """Return whether a picture's EXIF orientation asks for it to be turned; False for what is no picture."""
+    try:
+        with Image.open(file) as image:
+            return image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # Pillow's plugins raise nearly anything at broken headers
+        return False
+
+
 def duplicates(surveys: Sequence[Survey]) -> list[list[tuple[int, int]]]:
     """Return the groups of images with the same content, each a list of (survey, index) in order.
 

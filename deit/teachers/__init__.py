@@ -32,12 +32,14 @@ def check(config) -> None:
         _KINDS[config.teacher.kind].check(config)
 
 
-def describe(config, num_classes: int) -> str:
-    """Return one line on the teacher for the plan, without downloading, unpacking or writing anything.
+def describe(config, num_classes: int) -> base.Described:
+    """Return a line on the teacher and its cost for the plan, without downloading, unpacking or writing anything.
 
     `num_classes` is the data's. Errors: UserError where what is there can't be built or loaded.
     """
-    return "none" if config.teacher.kind == "none" else _KINDS[config.teacher.kind].describe(config, num_classes)
+    if config.teacher.kind == "none":
+        return base.Described("none", 0.0)
+    return _KINDS[config.teacher.kind].describe(config, num_classes)
 
 
 def identity(config, *, workdir: Path) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,6 +100,14 @@ class Teacher:
     def describe(self) -> str:
         """Return one line for the plan."""
         return described(f"{self.name}, {self.parameters:,} parameters", self.input)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A teacher that is not built for use: a line for people, and FLOPs an image (nan where nobody counted)."""
+
+    line: str
+    flops: float = math.nan
 
 
 def described(line: str, wanted: Input) -> str:

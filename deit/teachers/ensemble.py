@@ -49,9 +49,11 @@ def check(config) -> None:
     _each(config, lambda kind, member: kind.check(member))
 
 
-def describe(config, num_classes: int) -> str:
-    """Return one line on all members."""
-    return f"ensemble of {'; '.join(_each(config, lambda kind, member: kind.describe(member, num_classes)))}"
+def describe(config, num_classes: int) -> base.Described:
+    """Return one line on all members, and what they cost together."""
+    found = _each(config, lambda kind, member: kind.describe(member, num_classes))
+    line = f"ensemble of {'; '.join(member.line for member in found)}"
+    return base.Described(line, sum(member.flops for member in found))
 
 
 def identity(config, *, workdir: Path) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from pathlib import Path
 
-from deit import errors, keras
+from deit import cost, errors, keras
 from deit import workdir as run_directory
 from deit.teachers import base
 
@@ -51,14 +51,16 @@ def check(config) -> None:
     base.class_names(teacher.class_names)
 
 
-def describe(config, num_classes: int) -> str:
-    """Return name and size of the network, which is built without weights. Errors: UserError as in `build`."""
+def describe(config, num_classes: int) -> base.Described:
+    """Return name, size and cost of the network, which is built without weights. Errors: UserError as in `build`."""
     check(config)
     teacher = config.teacher
     count = IMAGENET_CLASSES if teacher.weights == "imagenet" else num_classes
     network = _construct(config, num_classes=count, weights=None)
     line = f"{teacher.name} ({teacher.weights}), {network.count_params():,} parameters"
-    return base.described(line, _input(config))
+    wanted = _input(config)
+    spent = cost.of(lambda images: network(images, training=False), wanted.size)
+    return base.Described(base.described(line, wanted), spent.flops)
 
 
 def identity(config, *, workdir: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import logging
 
-from deit import checkpoint, errors, saved
+from deit import checkpoint, cost, errors, saved
 from deit.models import factory, variants
 from deit.teachers import base
 
@@ -27,7 +27,7 @@ def build(config, *, classes: tuple[str, ...], workdir: Path) -> base.Teacher:
         raise _named(path, error) from error
     network, of_run = opened.network, opened.config
     network.model.trainable = False
-    logging.info("teacher: %s after update %d of %s", of_run.model.variant, opened.step, opened.run)
+    logging.info("teacher: %s after update %d of %s", of_run.model.variant, opened.step, opened.path)
     if opened.step < of_run.resolved.total_updates:
         logging.warning(
             "teacher.path (%s) is not finished (update %d of %d): its answers change if it trains on",
@@ -50,15 +50,15 @@ def check(config) -> None:
         _newest(config.teacher.path)
 
 
-def describe(config, num_classes: int) -> str:
-    """Return variant and size of a run's network, from the configuration beside its newest checkpoint."""
+def describe(config, num_classes: int) -> base.Described:
+    """Return variant, size and cost of a run's network, from the configuration beside its newest checkpoint."""
     if config.teacher.kind == "train":
-        return f"train: {_network_line(config.teacher.train, num_classes)}"
+        return _described("train", config.teacher.train, num_classes)
     path = config.teacher.path
     if not os.path.exists(path):
-        return f"{path}: absent"
+        return base.Described(f"{path}: absent")
     of_run = _config_of(path)
-    return f"{path}: {_network_line(of_run, len(of_run.resolved.classes))}"
+    return _described(path, of_run, len(of_run.resolved.classes))
 
 
 def identity(config, *, workdir: Path) -> str:
@@ -111,8 +111,8 @@ def _config_of(path: str | Path):
         raise _named(path, error) from error
 
 
-def _network_line(config, num_classes: int) -> str:
-    """Return variant and size of a configuration's network: it is built, its weights are not loaded."""
+def _described(where: str, config, num_classes: int) -> base.Described:
+    """Return variant, size and cost of a configuration's network: it is built, its weights are not loaded."""
     network = factory.build(
         config.model,
         num_classes=num_classes,
@@ -120,8 +120,9 @@ def _network_line(config, num_classes: int) -> str:
         precision=config.precision,
         load_weights=False,
     )
-    line = f"{config.model.variant}, {base.count(network.model.weights):,} parameters"
-    return base.described(line, _input(config))
+    line = f"{where}: {config.model.variant}, {base.count(network.model.weights):,} parameters"
+    spent = cost.of(network.logits, network.image_size)
+    return base.Described(base.described(line, _input(config)), spent.flops)
 
 
 def _named(path: str | Path, error: errors.UserError) -> errors.UserError:

@@ -11,7 +11,7 @@ from pathlib import Path
 import tensorflow as tf
 from absl import logging
 
-from deit import errors
+from deit import cost, errors
 from deit import workdir as run_directory
 from deit.teachers import base, download, precision, signatures
 
@@ -40,8 +40,8 @@ def check(config) -> None:
     base.class_names(teacher.class_names)
 
 
-def describe(config, num_classes: int) -> str:
-    """Return path, size and input of the model if it is there to be loaded; downloads, unpacks and writes nothing."""
+def describe(config, num_classes: int) -> base.Described:
+    """Return path, size, input and cost of the model if it is there to be loaded; writes and downloads nothing."""
     path = config.teacher.path
     file = _file(path)
     with base.readable(f"teacher.path ({path})"):
@@ -51,9 +51,10 @@ def describe(config, num_classes: int) -> str:
             directory = download.unpacked(file, download.sha256(file)) if file.is_file() else None
         if directory is None or not directory.is_dir():
             lacking = "unpacked" if file.is_file() else "downloaded" if _is_url(path) else "there"
-            return f"{path}: not {lacking}, parameters not checked"
+            return base.Described(f"{path}: not {lacking}, parameters not checked")
     teacher = _load(config, _inside(directory, path), "")
-    return base.described(f"{path}, {teacher.parameters:,} parameters", teacher.input)
+    line = base.described(f"{path}, {teacher.parameters:,} parameters", teacher.input)
+    return base.Described(line, cost.of(teacher.logits, config.data.image_size).flops)
 
 
 def identity(config, *, workdir: Path) -> str:

@@ -7,7 +7,6 @@ stand-in of BiT-M R50x3 (`bit.py`) has its arithmetic counted and held against t
 
 import statistics
 import time
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import tqdm
 from absl import logging
 
 from deit import config as configuration
-from deit import feed, plan, runtime, train_step
+from deit import cost, feed, runtime, train_step
 from deit.data import sources
 from deit.models import factory
 from deit.teachers import labeller, labels
@@ -173,4 +172,4 @@ def stand_in(directory: Path, *, num_classes: int, image_size: int) -> float:
     logging.info("writing the stand-in of BiT-M R50x3")
     bit.export(str(directory), num_classes=num_classes, image_size=image_size)
     network = bit.Network(num_classes=num_classes)
-    return plan.cost(types.SimpleNamespace(logits=network.logits, image_size=image_size)).flops
+    return cost.of(network.logits, image_size).flops

@@ -1,0 +1,78 @@
+"""What one image costs in a network: floating-point operations and bytes of activations, counted on its forward graph.
+
+Promises: numbers come from the graph, not from tables; functions inside functions are counted; nothing is computed.
+Where a graph leaves sizes open, the count is nan.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+
+_NO_BYTES = ("ReadVariableOp", "Const", "Placeholder", "Reshape", "Identity", "NoOp", "Shape", "ExpandDims")
+_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one image costs: forward floating-point operations (a multiply-add is two) and bytes of activations."""
+
+    flops: float
+    activation_bytes: float
+
+
+def of(forward: Callable[[tf.Tensor], object], image_size: int) -> Cost:
+    """Return the cost of `forward` on images float32 [1, image_size, image_size, 3]; it is traced, not run."""
+    images = tf.TensorSpec([1, image_size, image_size, 3], tf.float32)
+    operations = list(_operations(tf.function(forward, autograph=False).get_concrete_function(images).graph))
+    return Cost(sum(map(_flops, operations)), sum(map(_bytes, operations)))
+
+
+def _operations(graph) -> Iterator[tf.Operation]:
+    """Yield a graph's operations; a grouped convolution, and a SavedModel, are functions that it calls."""
+    for op in graph.get_operations():
+        if op.type in _CALLS:
+            yield from _operations(graph._get_function(op.get_attr("f").name).graph)
+        else:
+            yield op
+
+
+def _flops(op: tf.Operation) -> float:
+    """Return the operations of a matrix product or convolution; everything else is small beside them."""
+    if op.type == "Einsum":
+        return _einsum_flops(op)
+    if op.type not in ("MatMul", "BatchMatMulV2", "Conv2D", "DepthwiseConv2dNative"):
+        return 0.0
+    left, right, out = map(_sides, (*op.inputs, op.outputs[0]))
+    if op.type == "MatMul":
+        inner = left[0] if op.get_attr("transpose_a") else left[1]
+    elif op.type == "BatchMatMulV2":
+        inner = left[-2] if op.get_attr("adj_x") else left[-1]
+    elif op.type == "Conv2D":
+        inner = right[0] * right[1] * right[2]
+    else:
+        inner = right[0] * right[1]
+    return 2.0 * inner * float(np.prod(out, dtype=np.float64))
+
+
+def _sides(tensor: tf.Tensor) -> list[float]:
+    """Return a tensor's shape: an open first side is the one image, any other is not known (nan)."""
+    sides = [math.nan if side is None else side for side in tensor.shape.as_list()]
+    return [1, *sides[1:]] if sides and math.isnan(sides[0]) else sides
+
+
+def _einsum_flops(op: tf.Operation) -> float:
+    sizes: dict[str, float] = {}
+    terms = op.get_attr("equation").decode().split("->")[0].split(",")
+    for term, tensor in zip(terms, op.inputs):
+        sizes.update(zip(term, _sides(tensor)))
+    return 2.0 * float(np.prod([sizes[letter] for letter in sizes], dtype=np.float64))
+
+
+def _bytes(op: tf.Operation) -> float:
+    if op.type in _NO_BYTES:
+        return 0.0
+    shapes = [(tensor.shape, tensor.dtype.size) for tensor in op.outputs if tensor.shape.is_fully_defined()]
+    return float(sum(shape.num_elements() * size for shape, size in shapes))

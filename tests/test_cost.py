@@ -1,0 +1,49 @@
+"""The cost of an image, against counts made by hand and published ones."""
+
+import math
+
+import pytest
+import tensorflow as tf
+
+from deit import cost, keras
+
+
+def counted(forward, size=16):
+    return cost.of(forward, size).flops
+
+
+def test_products_and_convolutions_are_counted_by_their_definition():
+    kernel, depthwise, matrix = tf.zeros([3, 3, 3, 8]), tf.zeros([3, 3, 3, 2]), tf.zeros([5, 7])
+    assert counted(lambda x: tf.nn.conv2d(x, kernel, 2, "SAME")) == 2 * (8 * 8 * 8) * (3 * 3 * 3)
+    assert counted(lambda x: tf.nn.depthwise_conv2d(x, depthwise, [1, 1, 1, 1], "SAME")) == 2 * (16 * 16 * 6) * 9
+    assert counted(lambda x: tf.matmul(tf.zeros([4, 5]), matrix)) == 2 * 4 * 5 * 7
+    assert counted(lambda x: tf.matmul(tf.zeros([5, 4]), matrix, transpose_a=True)) == 2 * 4 * 5 * 7
+    batched = tf.zeros([2, 4, 5]), tf.zeros([2, 3, 5])
+    assert counted(lambda x: tf.linalg.matmul(*batched, transpose_b=True)) == 2 * 2 * 4 * 5 * 3
+    assert counted(lambda x: tf.einsum("bqd,bkd->bqk", *batched)) == 2 * 2 * 4 * 5 * 3
+
+
+def test_a_grouped_convolution_is_counted_inside_the_function_that_it_is():
+    inputs = keras.Input([16, 16, 3])
+    widened = keras.layers.Conv2D(8, 1, use_bias=False)(inputs)
+    model = keras.Model(inputs, keras.layers.Conv2D(32, 3, groups=4, padding="same", use_bias=False)(widened))
+    assert counted(model) == 2 * 16 * 16 * (8 * 3 + 32 * (9 * 8 // 4))
+
+
+def test_sizes_that_the_graph_leaves_open_are_no_number():
+    kernel = tf.zeros([3, 3, 3, 8])
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3])])
+    def anywhere(images):
+        return tf.nn.conv2d(images, kernel, 1, "SAME")
+
+    assert math.isnan(counted(anywhere))
+
+
+@pytest.mark.parametrize(
+    "name, multiply_adds",
+    [("RegNetY004", 0.4e9), ("MobileNet", 569e6)],  # arXiv:2003.13678, table 3; arXiv:1704.04861, table 8
+)
+def test_published_networks_cost_what_their_papers_say(name, multiply_adds):
+    network = getattr(keras.applications, name)(weights=None)
+    assert counted(lambda images: network(images, training=False), 224) == pytest.approx(2 * multiply_adds, rel=0.02)
