@@ -50,7 +50,7 @@ def main(_) -> int:
             teachers.check(each)
     runtime.prepare(config.precision, logical_cpus=runtime.logical_cpus(config))
     if MODE.value == "plan":
-        print(plan.offline(config, replicas=runtime.replicas(config)))
+        print(plan.offline(config, replicas=runtime.replicas(config), workdir=workdir))
         return errors.DONE
     try:
         strategy = runtime.make_strategy(config)
@@ -82,7 +82,7 @@ def train(config, workdir: Path, strategy, stop) -> int:
                 held.enter_context(run_directory.lock(each.workdir, patience=runtime.lock_patience()))
             if teacher is not None:
                 if chief:  # told before an hour of the teacher's training
-                    logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas))
+                    logging.info("plan of %s\n%s", workdir, plan.offline(config, replicas=replicas, workdir=workdir))
                     logging.info("the teacher first, into %s", teacher.workdir)
                 loop.train(teacher, strategy=strategy, stop=stop)
             loop.train(student, strategy=strategy, stop=stop)

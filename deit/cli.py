@@ -3,7 +3,10 @@
 Imports no TensorFlow, so that a typing error is answered in a second.
 """
 
+import errno
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +17,8 @@ from absl import app, flags, logging
 from configs import base
 from deit import config as configuration
 from deit import errors
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what write() says without a file's name
 
 
 def run(
@@ -56,12 +61,20 @@ def run(
 def _code(main: Callable[[list[str]], int], argv: list[str], after_interrupt: str) -> int:
     """Return `main`'s exit code, or that of the error it ended with, told in a line where a line is enough."""
     try:
-        return main(argv)
+        code = main(argv)
+        sys.stdout.flush()  # here, where a reader that has gone can be answered
+        return code
     except errors.UserError as error:
         complain(str(error))
+    except BrokenPipeError:
+        # `tool | head` has enough. What is still buffered goes nowhere, or the interpreter complains at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename:
             complain(f"{error.filename}: {error.strerror}")
+        elif error.errno in _NO_ROOM:
+            complain(f"a file could not be written: {error.strerror}")
         else:
             traceback.print_exc()
     except KeyboardInterrupt:

@@ -143,16 +143,22 @@ def student(
 
 
 def checkpointed(
-    path: str | Path, *, data_dir: str = "", data_name: str = "", split: str = "", teacher_path: str = ""
+    path: str | Path,
+    *,
+    data_dir: str = "",
+    data_name: str = "",
+    split: str = "",
+    teacher_path: str = "",
+    weights: str = "both",
 ) -> tuple[int, Report]:
     """Evaluate a run's newest checkpoint, or one checkpoint, on its own evaluation split; return (step, report).
 
-    `data_dir`, `data_name`, `split`, `teacher_path` replace what the run recorded. A teacher that can't be built costs
-    a warning and `eval/teacher_agreement`, nothing else. Errors: UserError for a path that is no checkpoint, or absent
-    data.
+    `data_dir`, `data_name`, `split`, `teacher_path` replace what the run recorded. `weights`: raw, ema (in place of
+    the raw ones), or both (`eval/top1_ema` where there are averages). A teacher that can't be built costs a warning and
+    `eval/teacher_agreement`, nothing else. Errors: UserError for a path that is no checkpoint, absent averages or data.
     """
     runtime.prepare(saved.config_of(path).precision)
-    opened = saved.open_network(path)
+    opened = saved.open_network(path, weights="ema" if weights == "ema" else "raw")
     config = opened.config
     with config.unlocked():
         config.data.data_dir = data_dir or config.data.data_dir
@@ -163,7 +169,10 @@ def checkpointed(
     source = sources.open_source(config.data, config.data.eval_split)
     classes = tuple(config.resolved.classes)
     if tuple(source.classes) != classes:
-        raise errors.UserError(f"data.name ({config.data.name}) must have the classes of the checkpoint: {classes}")
+        raise errors.UserError(
+            f"data.name ({config.data.name}) must have the classes of the checkpoint: it has {len(source.classes)} "
+            f"({sources.few(source.classes)}), the checkpoint {len(classes)} ({sources.few(classes)})"
+        )
     batches = stream.evaluation(source, config, batch=config.eval.batch)
     labels, gate = None, {}
     try:
@@ -174,6 +183,7 @@ def checkpointed(
     except errors.UserError as error:
         logging.warning("no teacher agreement: %s", error)
     averages = {name.removeprefix("ema/"): value for name, value in opened.tensors.items() if name.startswith("ema/")}
+    averages = averages if weights == "both" else {}
     report = student(opened.network, batches, classes, averages=averages, teacher_labels=labels, source=source)
     report.metrics.update(gate)
     return opened.step, report

@@ -41,13 +41,24 @@ class Job:
 def prepare(config, workdir: Path, *, replicas: int) -> Job:
     """Open the data, resolve a validated configuration and look at the workdir; write nothing.
 
-    Errors: UserError for absent data, a batch that does not divide, a workdir of another configuration.
+    `init_from` comes before the data, which may take hours to prepare; a run with checkpoints of its own no longer
+    needs it. Errors: UserError for an `init_from` that does not fit, absent data, a batch that does not divide, a
+    workdir of another configuration.
     """
+    begins = bool(config.init_from) and not has_checkpoints(workdir)
+    classes = sources.classes(config.data) if begins else None
+    if begins:
+        warm_start.check(config, classes)
     resolved, train_source, eval_source = open_data(config, replicas=replicas)
     check_workdir(resolved, workdir)
-    if not (workdir / "checkpoints").exists():
-        warm_start.check(resolved)
+    if begins and classes is None:  # of data that was prepared just now
+        warm_start.check(resolved, train_source.classes)
     return Job(resolved, workdir, train_source, eval_source)
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Say whether a run is continued rather than begun; one whose checkpoints are all damaged isn't begun either."""
+    return any((workdir / "checkpoints").glob("step-*")) or any((workdir / "checkpoints").glob("corrupt-*"))
 
 
 def open_data(config, *, replicas: int) -> tuple[FrozenConfigDict, sources.Source, sources.Source]:

@@ -18,7 +18,6 @@ import tensorflow as tf
 
 from deit import addons, schedules
 
-
 _STEP = ("lr_t", "wd_t")  # what a step is made of: tensorflow-addons' names for the rate, and for AdamW's decay
 
 

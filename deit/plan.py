@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deit import config as configuration
-from deit import cost, teachers, warm_start
+from deit import cost, errors, job, teachers, warm_start
 from deit.data import sources
 from deit.models import factory, paths
 from deit.teachers import labels
@@ -155,16 +155,21 @@ def _distillation(config, *, two_heads: bool) -> str:
     return f"{d.kind}, alpha {d.alpha:g} ({d.weighting}){soft}"
 
 
-def offline(config: ConfigDict, *, replicas: int) -> str:
-    """Return the plan without training: data sizes from what is prepared, else from the configuration."""
+def offline(config: ConfigDict, *, replicas: int, workdir: Path | None = None) -> str:
+    """Return the plan without training: data sizes from what is prepared, else from the configuration.
+
+    `workdir`: of the run; where it has checkpoints, `init_from` is no longer looked at. Errors: UserError.
+    """
+    begins = bool(config.init_from) and not (workdir and job.has_checkpoints(workdir))
     found = sources.sizes(config.data)
     note = "" if found else "  [not checked: the data is absent]"
+    classes = sources.classes(config.data) if found and begins else None
     train, held_out, count = found or (config.data.train_size, config.data.eval_size, config.data.num_classes)
     resolved = configuration.resolve(
         config,
         train_size=train,
         eval_size=held_out,
-        classes=[str(i) for i in range(count)],
+        classes=classes or [str(i) for i in range(count)],
         replicas=replicas,
     )
     network = factory.build(
@@ -175,12 +180,22 @@ def offline(config: ConfigDict, *, replicas: int) -> str:
         load_weights=False,  # a backbone's are neither downloaded nor read
     )
     start = ""
-    if config.init_from:
-        absent = "" if Path(config.init_from).exists() else "  [not checked: it is absent]"
-        start = f"{config.init_from} ({config.init_weights}){absent}"
-        if not absent:
-            warm_start.check(config)
+    if begins and not Path(config.init_from).exists():
+        start = f"{config.init_from} ({config.init_weights})  [not checked: it is absent]"
+    elif begins:
+        start = warm_start.describe(resolved, network, classes)
+    if config.teacher.kind == "train" and not (workdir and job.has_checkpoints(workdir / "teacher")):
+        _check_start(config.teacher.train)
     taught_by = teachers.describe(config, count)
     return describe(
         resolved, network=network, teacher=taught_by.line, teacher_flops=taught_by.flops, note=note, start=start
     )
+
+
+def _check_start(teacher: ConfigDict) -> None:
+    """Refuse an `init_from` of the teacher that is trained first, where there is one. Errors: UserError."""
+    if teacher.init_from and Path(teacher.init_from).exists():
+        try:
+            warm_start.check(teacher, sources.classes(teacher.data))
+        except errors.UserError as error:
+            raise errors.UserError(f"teacher.train: {error}") from error

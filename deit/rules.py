@@ -1,4 +1,4 @@
-"""What a configuration may say: the rule of every field, the relations between fields, RandAugment's notation.
+"""What a configuration may say: the rule of every field, RandAugment's notation. How fields go together: `relations`.
 
 Promises: `validate` needs no device, no data and no TensorFlow, and names field, value and rule of the first thing
 that is wrong.
@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from deit import config as configuration
-from deit import errors, members, workdir
+from deit import errors, members, relations
 
 MAX_LEVEL = 10.0  # timm's scale of RandAugment magnitudes
 
@@ -47,13 +47,6 @@ def randaugment_policy(text: str) -> Policy:
     return policy
 
 
-def _of_teacher(config: Any, teacher: ConfigDict) -> ConfigDict:
-    """Return a copy of a configuration with another teacher."""
-    copied = ConfigDict(configuration.plain(config), convert_dict=True)
-    copied.teacher = teacher
-    return copied
-
-
 def validate(config: ConfigDict, prefix: str = "") -> None:
     """Raise UserError for the first value out of range or pair of values that do not fit.
 
@@ -68,12 +61,37 @@ def validate(config: ConfigDict, prefix: str = "") -> None:
             legal, rule = _RULES[name]
             if not legal(value):
                 raise errors.UserError(f"{prefix}{name} ({_show(value)}) must be {rule}{_nearest(value, rule)}")
-    for relation in _RELATIONS:
-        problem = relation(config)
-        if problem:
-            raise errors.UserError(prefix + problem)
+    problem = relations.problem(config) or _members_problem(config)
+    if problem:
+        raise errors.UserError(prefix + problem)
     if config.teacher.kind == "train":
         validate(config.teacher.train, f"{prefix}teacher.train.")
+
+
+def _members_problem(config: Any) -> str | None:
+    """Return what is wrong with the members of an ensemble, each a configuration of its own."""
+    teacher = config.teacher
+    if teacher.kind != "ensemble":
+        given = f"teacher.members ({teacher.members}) must be empty unless teacher.kind is 'ensemble'"
+        return given if teacher.members else None
+    if len(teacher.members) < 2:
+        return f"teacher.members ({teacher.members}) must name two teachers or more"
+    try:
+        for text, member in zip(teacher.members, members.parse(teacher), strict=True):
+            try:
+                validate(_of_teacher(config, member))
+            except errors.UserError as error:
+                raise ValueError(f"{text!r}: {error}") from error
+    except ValueError as error:
+        return f"teacher.members: {error}"
+    return None
+
+
+def _of_teacher(config: Any, teacher: ConfigDict) -> ConfigDict:
+    """Return a copy of a configuration with another teacher."""
+    copied = ConfigDict(configuration.plain(config), convert_dict=True)
+    copied.teacher = teacher
+    return copied
 
 
 def _show(value: Any) -> str:
@@ -124,7 +142,7 @@ def _is_data(name: str) -> bool:
     return kind in ("tfds", "folder") and bool(rest)
 
 
-_DATA: _Rule = _is_data, "tfds:NAME, folder:PATH, digits, or digits:01234 (two different digits or more)"
+DATA_NAMES = "tfds:NAME, folder:PATH, digits, or digits:01234 (two different digits or more)"
 
 _RULES: dict[str, _Rule] = {
     "seed": _SEED,
@@ -139,7 +157,7 @@ _RULES: dict[str, _Rule] = {
     "startup_seconds": _POSITIVE,
     "init_weights": _one_of("raw", "ema"),
     "max_skipped": _at_least(1),
-    "data.name": _DATA,
+    "data.name": (_is_data, DATA_NAMES),
     "data.image_size": _at_least(8),
     "data.train_size": _at_least(1),
     "data.eval_size": _at_least(1),
@@ -224,97 +242,3 @@ _RULES: dict[str, _Rule] = {
     "eval.crop_ratio": (lambda value: value == 0 or 0.25 <= value <= 1, "0 (plain resize) or between 0.25 and 1"),
     "log.every_updates": _at_least(1),
 }
-
-
-def _batch_divides(config) -> str | None:
-    # 0 devices: known once they are counted, and checked again by config.resolve
-    return configuration.batch_problem(config, max(1, config.devices) if config.strategy == "mirrored" else 1)
-
-
-def _augmentations_fit(config) -> str | None:
-    augment = config.augment
-    if augment.randaugment and augment.three_augment:
-        return "augment.three_augment (True) must be False where augment.randaugment is on: a recipe has one of them"
-    if augment.randaugment and augment.jitter:
-        return f"augment.jitter ({augment.jitter}) must be 0 where augment.randaugment is on: DeiT ignores it there"
-    return None
-
-
-def _optimizer_fits(config) -> str | None:
-    optim, transformer = config.optim, config.model.variant.startswith(("deit", "keras_example"))
-    if optim.name == "lamb" and optim.amsgrad:
-        return "optim.amsgrad (True) must be False where optim.name is 'lamb'"
-    if optim.name == "lamb" and not optim.decay_coupled:
-        return "optim.decay_coupled (False) must be True where optim.name is 'lamb': its decay is part of its step"
-    if not transformer and (optim.layer_decay != 1 or optim.train_only == "attention"):
-        return (
-            f"optim.layer_decay ({optim.layer_decay}) and optim.train_only ({optim.train_only!r}) want a transformer: "
-            f"model.variant is {config.model.variant!r}"
-        )
-    return None
-
-
-def _teacher_fits(config) -> str | None:
-    kind, teacher = config.distill.kind, config.teacher.kind
-    if kind != "none" and teacher == "none":
-        return f"teacher.kind ('none') must name a teacher where distill.kind is {kind!r}"
-    if teacher in ("saved_model", "run") and not config.teacher.path:
-        return f"teacher.path ('') must be given where teacher.kind is {teacher!r}"
-    if teacher == "train" and not len(config.teacher.train):
-        return "teacher.train must hold a configuration where teacher.kind is 'train'"
-    if teacher == "train" and config.teacher.train.teacher.kind == "train":
-        return "teacher.train.teacher.kind ('train') must be another kind: one teacher is trained before a student"
-    if teacher == "train" and config.teacher.train.strategy not in ("auto", config.strategy):
-        return f"teacher.train.strategy ({config.teacher.train.strategy!r}) must be 'auto' or the student's"
-    return None
-
-
-def _members_fit(config) -> str | None:
-    teacher = config.teacher
-    if teacher.kind != "ensemble":
-        given = f"teacher.members ({teacher.members}) must be empty unless teacher.kind is 'ensemble'"
-        return given if teacher.members else None
-    if len(teacher.members) < 2:
-        return f"teacher.members ({teacher.members}) must name two teachers or more"
-    try:
-        for text, member in zip(teacher.members, members.parse(teacher), strict=True):
-            try:
-                validate(_of_teacher(config, member))
-            except errors.UserError as error:
-                raise ValueError(f"{text!r}: {error}") from error
-    except ValueError as error:
-        return f"teacher.members: {error}"
-    return None
-
-
-def _cache_fits(config) -> str | None:
-    teacher = config.teacher
-    if teacher.cache != "off" and not teacher.cache_dir:
-        return f"teacher.cache_dir ('') must be given where teacher.cache is {teacher.cache!r}"
-    if workdir.is_url(teacher.cache_dir):
-        return f"teacher.cache_dir ({teacher.cache_dir!r}) must be a path of a mounted file system, not a URL"
-    if teacher.cache != "off" and config.distill.kind == "none":
-        return f"teacher.cache ({teacher.cache!r}) must be off where distill.kind is 'none': nothing asks the teacher"
-    if config.distill.kind == "hard" and teacher.top_k:
-        return f"teacher.top_k ({teacher.top_k}) must be 0 where distill.kind is 'hard': only the class is kept"
-    if config.distill.kind == "hard" and teacher.logits_dtype != "float32":
-        return f"teacher.logits_dtype ({teacher.logits_dtype!r}) must be float32 where distill.kind is 'hard'"
-    return None
-
-
-def _sha_is_hex(config) -> str | None:
-    sha = config.teacher.sha256
-    if sha and (len(sha) != 64 or set(sha.lower()) - set("0123456789abcdef")):
-        return f"teacher.sha256 ({sha!r}) must be 64 hexadecimal digits"
-    return None
-
-
-_RELATIONS = (
-    _batch_divides,
-    _augmentations_fit,
-    _optimizer_fits,
-    _teacher_fits,
-    _members_fit,
-    _cache_fits,
-    _sha_is_hex,
-)

@@ -5,16 +5,37 @@ shape is refused by name.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from ml_collections import ConfigDict
 
 from configs import base
 from deit import checkpoint, errors
 from deit import config as configuration
 from deit.models import factory, paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+      path: the checkpoint.
+      config: the run's, `resolved` included.
+      tensors: by path.
+      manifest: as `checkpoint` has it.
+    """
+
+    path: Path
+    config: ConfigDict
+    tensors: dict[str, np.ndarray]
+    manifest: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +47,8 @@ class Saved:
       network: the student; `tensors` holds the EMA's as `ema/<own path>`.
       step: finished updates.
       state_sha256: of all its tensors, as its manifest has it.
-      run: the run directory around the checkpoint (RUN/checkpoints/step-N).
+      path: the checkpoint.
+      run: the run directory around it (RUN/checkpoints/step-N); the checkpoint itself where it is in none.
       metrics: of the evaluation at that update; empty where there was none.
     """
 
@@ -35,6 +57,7 @@ class Saved:
     tensors: dict[str, np.ndarray]
     step: int
     state_sha256: str
+    path: Path
     run: Path
     metrics: dict[str, float]
 
@@ -42,6 +65,21 @@ class Saved:
 def config_of(path: str | Path) -> ConfigDict:
     """Return the configuration beside the newest checkpoint of a run directory, or beside one checkpoint."""
     return configuration.from_json(checkpoint.read_config(checkpoint.locate(path)), base.get_config())
+
+
+def contents(path: str | Path) -> Contents:
+    """Return all that the newest checkpoint of a run directory holds, or one checkpoint, whose files are hashed once.
+
+    Errors: UserError.
+    """
+    where = checkpoint.locate(path)  # verifies
+    try:
+        config = configuration.from_json((where / checkpoint.CONFIG).read_text(encoding="utf-8"), base.get_config())
+        tensors = safetensors.numpy.load_file(where / checkpoint.TENSORS)
+        manifest = json.loads((where / checkpoint.MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # it was whole a moment ago
+        raise errors.UserError(f"checkpoint {where} can't be read: {error}") from error
+    return Contents(where, config, tensors, manifest)
 
 
 def student(tensors: Mapping[str, np.ndarray], which: str, path: Path) -> dict[str, np.ndarray]:
@@ -61,11 +99,10 @@ def open_network(path: str | Path, *, precision: str = "", weights: str = "raw")
 
     `weights`: raw or ema. Errors: UserError.
     """
-    where = checkpoint.locate(path)
-    config = config_of(where)
+    found = contents(path)
+    config = found.config
     if not config.resolved.classes:
-        raise errors.UserError(f"{where} has no classifier (it was dropped): it is for init_from")
-    tensors, manifest = checkpoint.read(where)
+        raise errors.UserError(f"{found.path} has no classifier (it was dropped): it is for init_from")
     model = ConfigDict(configuration.plain(config.model))
     network = factory.build(
         model,
@@ -74,13 +111,14 @@ def open_network(path: str | Path, *, precision: str = "", weights: str = "raw")
         precision=precision or config.precision,
         load_weights=False,  # a backbone's come from the checkpoint, not from its first weights file
     )
-    paths.assign(paths.variables(network.model), student(tensors, weights, where))
+    paths.assign(paths.variables(network.model), student(found.tensors, weights, found.path))
     return Saved(
         config=config,
         network=network,
-        tensors=tensors,
-        step=manifest["step"],
-        state_sha256=manifest["state_sha256"],
-        run=where.parent.parent,
-        metrics=manifest["metrics"],
+        tensors=found.tensors,
+        step=found.manifest["step"],
+        state_sha256=found.manifest["state_sha256"],
+        path=found.path,
+        run=found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path,
+        metrics=found.manifest["metrics"],
     )

@@ -1,22 +1,24 @@
 """Initial weights from a checkpoint: fine-tuning on other classes, at another resolution.
 
 Promises: the trunk comes over bit for bit, but for a position embedding of another grid, which is resampled; heads come
-over where the classes are the same in the same order, else they keep their fresh initial values, and the log says so.
-Whatever else does not fit is refused by the tensor's name, before anything is assigned.
+over where the classes are the same in the same order, else they keep their fresh initial values, and the plan says so.
+Whatever else does not fit is refused by the tensor's name, from the names, shapes and dtypes alone, before data is
+opened or a teacher trained. What is no tensor does not come over: where `model.mean`, `std` or `norm_epsilon` differ,
+the plan warns.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import safetensors
+import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit import checkpoint, errors, saved
+from deit import config as configuration
 from deit.models import factory, paths, positions, variants
-
-_HEADS = ("head/", "head_dist/")
-_POSITIONS = "tokens/pos_embed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,51 +27,104 @@ class Start:
 
     Attributes:
       path: the checkpoint.
-      config: its run's, or the converter's.
-      tensors: own path -> array, of the student.
-      said: what became of heads and position embedding, for people.
+      names: own paths of the tensors that come over.
+      said: what becomes of heads and position embedding, for people.
     """
 
     path: Path
-    config: ConfigDict
-    tensors: dict[str, np.ndarray]
+    names: tuple[str, ...]
     said: str
 
 
-def check(config: Any) -> None:
-    """Refuse an init_from that can't be opened or is of another variant, before data or a teacher cost anything.
+def check(config: Any, classes: Sequence[str] | None) -> None:
+    """Refuse an `init_from` that can't be opened or does not fit; no tensor is read.
 
-    Errors: UserError.
+    `classes`: of the data, None where they aren't known yet: then the heads are not looked at. Errors: UserError.
     """
-    if config.init_from:
-        _check_variant(config, saved.config_of(config.init_from))
+    if not config.init_from:
+        return
+    path, source = _opened(config)
+    with tf.device("/cpu:0"):
+        network = factory.build(
+            config.model,
+            num_classes=len(classes or source.resolved.classes) or 1,
+            image_size=config.data.image_size,
+            precision=config.precision,
+            load_weights=False,
+        )
+    _fit(config, path, source, network, classes)
+
+
+def describe(config: Any, network: factory.Network, classes: Sequence[str] | None) -> str:
+    """Return the line on what `load` does to this network, "" where there is no `init_from`; no tensor is read.
+
+    `classes` as `check` has them. Errors: UserError.
+    """
+    return _line(config, _fit(config, *_opened(config), network, classes)) if config.init_from else ""
 
 
 def load(config: Any, network: factory.Network) -> str:
-    """Give the student the weights of `init_from` and return a line on them; "" where there is none.
+    """Give the student of a resolved configuration the weights of `init_from` and return the line on them.
 
     Errors: UserError, with nothing assigned.
     """
     if not config.init_from:
         return ""
-    found = _read(config, network)
-    wanted = [(path, variable) for path, variable in paths.variables(network.model) if path in found.tensors]
-    paths.assign(wanted, found.tensors)
+    found = _fit(config, *_opened(config), network, config.resolved.classes)
+    tensors = saved.student(checkpoint.read(found.path)[0], config.init_weights, found.path)
+    wanted = [(path, variable) for path, variable in paths.variables(network.model) if path in found.names]
+    coming = {path: tensors[path] for path, _ in wanted}
+    shape = factory.shape_of(config.model)
+    if shape is not None:
+        count = dict(wanted)[paths.POSITIONS].shape[1] - shape.slots
+        coming[paths.POSITIONS] = positions.resize(
+            coming[paths.POSITIONS], slots=shape.slots, count=count, name=paths.POSITIONS
+        )
+    paths.assign(wanted, coming)
+    return _line(config, found)
+
+
+def _line(config: Any, found: Start) -> str:
     return f"{found.path} ({config.init_weights}); {found.said}"
 
 
-def _read(config: Any, network: factory.Network) -> Start:
+def _opened(config: Any) -> tuple[Path, ConfigDict]:
+    """Return the checkpoint of `init_from` and its configuration. Errors: UserError, also where the variants differ."""
     path = checkpoint.locate(config.init_from)
     source = saved.config_of(path)
     _check_variant(config, source)
-    tensors = saved.student(checkpoint.read(path)[0], config.init_weights, path)
+    return path, source
+
+
+def _fit(config: Any, path: Path, source: ConfigDict, network: factory.Network, classes: Sequence[str] | None) -> Start:
+    """Return what comes over into a network. Errors: UserError naming what does not fit."""
+    forms = saved.student(_forms(path), config.init_weights, path)
     ours = dict(paths.variables(network.model))
-    said = [_heads(tensors, config, source)]
-    shape = variants.of_model(config.model)
-    if shape is not None and _POSITIONS in tensors:
-        said.append(_resize(tensors, ours[_POSITIONS].shape[1] - shape.slots, shape.slots))
-    _check_fit(config.init_from, tensors, ours)
-    return Start(path, source, tensors, "; ".join(filter(None, said)))
+    said = [_heads(forms, config, source, classes)]
+    shape = factory.shape_of(config.model)
+    if shape is not None and paths.POSITIONS in forms:
+        said.append(_positions(forms, tf.TensorShape(ours[paths.POSITIONS].shape), shape.slots))
+    _check_fit(config.init_from, forms, ours)
+    said.append(_not_coming(config, source))
+    return Start(path, tuple(forms), "; ".join(filter(None, said)))
+
+
+def _forms(path: Path) -> dict[str, tf.TensorSpec]:
+    """Return dtype and shape of every tensor of a checkpoint, from the head of its file."""
+    try:
+        with safetensors.safe_open(path / checkpoint.TENSORS, framework="np") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  a file is no dict
+            return {name: tf.TensorSpec(p.get_shape(), _DTYPES[p.get_dtype()]) for name, p in parts.items()}
+    except (safetensors.SafetensorError, OSError, KeyError) as error:  # its sha256 was right a moment ago
+        raise errors.UserError(f"checkpoint {path} can't be read: {error}") from error
+
+
+# What a checkpoint of ours can hold, the optimizer's counters included, by safetensors' names.
+_DTYPES = {
+    "BOOL": tf.bool, "U8": tf.uint8, "U16": tf.uint16, "U32": tf.uint32, "U64": tf.uint64, "I8": tf.int8,
+    "I16": tf.int16, "I32": tf.int32, "I64": tf.int64, "F16": tf.float16, "BF16": tf.bfloat16, "F32": tf.float32,
+    "F64": tf.float64,
+}  # fmt: skip
 
 
 def _check_variant(config: Any, source: ConfigDict) -> None:
@@ -99,45 +154,59 @@ _TENSOR_OF = {
     "distilled": "tokens/dist_token",
     "registers": "tokens/reg_token",
     "layer_scale": "blocks/*/ls1/gamma",
-    "prefix_slots": "tokens/pos_embed",
+    "prefix_slots": paths.POSITIONS,
 }
 
 
-def _heads(tensors: dict[str, np.ndarray], config: Any, source: ConfigDict) -> str:
-    """Take out of `tensors` the heads that do not come over; say what becomes of them."""
-    ours, theirs = tuple(config.resolved.classes), tuple(source.resolved.classes)
-    had = [prefix for prefix in _HEADS if f"{prefix}kernel" in tensors]
-    keep = had if ours == theirs else []
+def _heads(forms: dict[str, Any], config: Any, source: ConfigDict, classes: Sequence[str] | None) -> str:
+    """Take out of `forms` the heads that do not come over; say what becomes of them."""
+    theirs = tuple(source.resolved.classes)
+    had = [head for head in paths.HEADS.values() if f"{head}/kernel" in forms]
+    keep = had if classes is not None and tuple(classes) == theirs else []
     if config.model.heads == "cls":
-        keep = [prefix for prefix in keep if prefix == "head/"]
-    for name in [name for name in tensors if name.startswith(_HEADS) and not name.startswith(tuple(keep))]:
-        del tensors[name]
+        keep = [head for head in keep if head == paths.HEADS["cls"]]
+    for name in [name for name in forms if paths.is_head(name) and name.partition("/")[0] not in keep]:
+        del forms[name]
     if not had:
         return "heads initialised: it has none"
+    if classes is None:
+        return "heads: re-initialised unless the classes are the same"
     if not keep:
-        return f"heads re-initialised: {len(theirs)} classes ({_few(theirs)}) -> {len(ours)} ({_few(ours)})"
+        return f"heads re-initialised: {len(theirs)} classes ({_few(theirs)}) -> {len(classes)} ({_few(classes)})"
     dropped = ", head_dist left out (model.heads is cls)" if len(keep) < len(had) else ""
-    return f"heads kept: the same {len(ours)} classes{dropped}"
+    return f"heads kept: the same {len(classes)} classes{dropped}"
 
 
-def _resize(tensors: dict[str, np.ndarray], count: int, slots: int) -> str:
-    before = tensors[_POSITIONS]
-    tensors[_POSITIONS] = positions.resize(before, slots=slots, count=count, name=_POSITIONS)
-    here = before.shape[1] - slots
+def _positions(forms: dict[str, Any], wanted: tf.TensorShape, slots: int) -> str:
+    """Give the position embedding the form that it is resized to, if it can be; say from what to what."""
+    name, before = paths.POSITIONS, forms[paths.POSITIONS]
+    if before.shape.rank != 3 or before.shape[1] <= slots:
+        raise errors.UserError(f"{name} has shape {list(before.shape)}, not [1, {slots} + patches, channels]")
+    here, count = before.shape[1] - slots, wanted[1] - slots
     if here == count:
         return ""
-    old, new = positions.side(here, _POSITIONS), positions.side(count, _POSITIONS)
-    return f"{_POSITIONS} resized from {old} x {old} to {new} x {new}"
+    old, new = positions.side(here, name), positions.side(count, name)
+    forms[name] = tf.TensorSpec([before.shape[0], wanted[1], before.shape[2]], before.dtype)
+    return f"{name} resized from {old} x {old} to {new} x {new}"
 
 
-def _check_fit(init_from: str, tensors: dict[str, np.ndarray], ours: dict[str, Any]) -> None:
+def _check_fit(init_from: str, forms: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise UserError for a tensor of the trunk that is missing, left over, or of another form."""
-    heads = [path for path in tensors if path.startswith(_HEADS)]  # all or none: half of them would be no classifier
-    kept = {path: variable for path, variable in ours.items() if heads or not path.startswith(_HEADS)}
-    problem = paths.misfit(list(kept.items()), tensors)
+    heads = any(map(paths.is_head, forms))  # all or none: half of them would be no classifier
+    kept = {path: variable for path, variable in ours.items() if heads or not paths.is_head(path)}
+    problem = paths.misfit(list(kept.items()), forms)
     if problem:
         raise errors.UserError(f"init_from ({init_from}) does not fit model.variant: {problem}")
 
 
-def _few(names: tuple[str, ...]) -> str:
+def _not_coming(config: Any, source: ConfigDict) -> str:
+    """Warn of what the weights were trained with that is a field, so that it does not come over with them."""
+    ours, theirs = (dict(configuration.flatten(each.model)) for each in (config, source))
+    fields = ("norm_epsilon",) if config.model.variant == "backbone" else ("mean", "std", "norm_epsilon")
+    differ = [f"model.{name} {theirs[name]} -> {ours[name]}" for name in fields if theirs[name] != ours[name]]
+    kept = "the weights were trained with the first, which --config.FIELD=VALUE keeps"
+    return f"warning: {', '.join(differ)}: {kept}" if differ else ""
+
+
+def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,25 +1,30 @@
 """Weight files of other code bases: safetensors, and .pth where torch is installed.
 
-Promises: no pickle is ever opened but by torch's own loader of tensors (`weights_only=True`), which runs no code; a
-file that is cut short, of half precision, or no weights at all is refused in a line that names the tensor where there
-is one.
+Promises: no pickle is ever opened but by torch's own loader of tensors (`weights_only=True`), which runs no code, and
+no message says how to open one otherwise; a file that is cut short, damaged, of half precision, or no weights at all is
+refused in one line that names the tensor where there is one.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
-import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
 from deit import errors
 
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_REFUSED = re.compile(r"(?:GLOBAL|Unsupported class|Trying to load unsupported GLOBAL) ([\w.]+)")  # torch's message
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -38,9 +43,14 @@ def read(path: Path) -> dict[str, np.ndarray]:
 def file_of(path: Path) -> Path:
     """Return the weights file that a path means. Errors: UserError where there is none."""
     found = path / "model.safetensors" if path.is_dir() else path
-    if not found.is_file():
-        raise errors.UserError(f"{found} is no file")
-    return found
+    if found.is_file():
+        return found
+    others = [name for name in ("pytorch_model.bin", "model.safetensors.index.json") if (path / name).is_file()]
+    if others == ["pytorch_model.bin"]:
+        raise errors.UserError(f"{found} is no file; this directory's weights are a pickle: --from={path / others[0]}")
+    if others:
+        raise errors.UserError(f"{found} is no file; these weights are in several files, which no DeiT needs")
+    raise errors.UserError(f"{found} is no file")
 
 
 def sha256(path: Path) -> str:
@@ -49,24 +59,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def settings(path: Path) -> dict:
-    """Return the config.json beside Hugging Face weights, {} where there is none that can be read."""
-    try:
-        content = json.loads((file_of(path).parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def class_names(content: dict) -> tuple[str, ...]:
-    """Return the names in `settings`, in the order of the logits; () without, or where they are made up."""
-    try:
-        names = {int(index): str(name) for index, name in content["id2label"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ()
-    if sorted(names) != list(range(len(names))) or all(name == f"LABEL_{index}" for index, name in names.items()):
-        return ()
-    return tuple(names[index] for index in range(len(names)))
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file as PyTorch's libraries expect it. Errors: OSError."""
+    path.write_bytes(safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}))
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -85,34 +80,54 @@ def _pickled(path: Path) -> dict[str, np.ndarray]:
     if importlib.util.find_spec("torch") is None:
         raise errors.UserError(
             f"{path} is a pickle, which only torch opens safely: pip install torch, or, where it is: python -c "
-            f'"import torch, safetensors.torch as t; w = torch.load({path.name!r}, weights_only=True); '
-            f"t.save_file({{k: v.contiguous() for k, v in w.get('model', w).items()}}, '{path.stem}.safetensors')\""
+            f'"import argparse, torch, safetensors.torch as t; torch.serialization.add_safe_globals('
+            f"[argparse.Namespace]); w = torch.load({path.name!r}, map_location='cpu', weights_only=True); "
+            f"t.save_file({{k: v.detach().contiguous() for k, v in w.get('model', w).items()}}, "
+            f"'{path.stem}.safetensors')\""
         )
-    import pickle
+    content = _unpickled(path)
+    for key in ("model", "state_dict"):  # facebookresearch/deit's and other trainers' files
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            if key == "model" and "model_ema" in content:
+                logging.info("%s: `model` is taken; `model_ema`, its average, is left alone", path)
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise errors.UserError(f"{path} must hold a dict of tensors by name, not {type(content).__name__}")
+    return {name: _array(path, name, tensor) for name, tensor in content.items()}
 
+
+def _unpickled(path: Path) -> Any:
+    """Return what torch's loader of tensors finds in a file. Errors: OSError, UserError."""
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise errors.UserError(f"{path} holds no plain tensors, and nothing else is loaded: {first}") from None
-    for key in ("model", "state_dict"):  # facebookresearch/deit's and other trainers' files
-        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
-    if not isinstance(content, dict) or not content:
-        raise errors.UserError(f"{path} must hold a dict of tensors by name, not {type(content).__name__}")
-    for name, tensor in content.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise errors.UserError(f"{path}: {name} must be a tensor, not {type(tensor).__name__}")
-        if tensor.dtype != torch.float32:
-            raise errors.UserError(_not_float32(path, name, str(tensor.dtype)))
-    return {name: tensor.contiguous().numpy() for name, tensor in content.items()}
+        # Training checkpoints of facebookresearch/deit hold their arguments, which are plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol: what can't be read is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes torch fail in every way
+        # Never torch's own text, which recommends weights_only=False.
+        found = _REFUSED.search(str(error))
+        why = f"it asks for {found[1]}" if found else "it is cut short or no file of torch.save"
+        raise errors.UserError(f"{path} holds no plain tensors, and nothing else is loaded: {why}") from None
+
+
+def _array(path: Path, name: Any, tensor: Any) -> np.ndarray:
+    import torch
+
+    if not isinstance(name, str):
+        raise errors.UserError(f"{path}: the key {name!r} must be the name of a tensor")
+    if not isinstance(tensor, torch.Tensor):
+        raise errors.UserError(f"{path}: {name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dtype != torch.float32:
+        raise errors.UserError(_not_float32(path, name, str(tensor.dtype)))
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        kind = tensor.device.type if tensor.layout == torch.strided else str(tensor.layout)
+        raise errors.UserError(f"{path}: {name} must be a dense tensor, not {kind}")
+    return tensor.detach().contiguous().numpy()
 
 
 def _not_float32(path: Path, name: str, kind: str) -> str:
     return f"{path}: {name} is {kind}, not float32: convert the file where it came from"
-
-
-def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file as PyTorch's libraries expect it. Errors: OSError."""
-    path.write_bytes(safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}))

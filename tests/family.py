@@ -12,11 +12,11 @@ from deit.models import factory, paths
 
 def checkpoint(
     where: Path, variant: str = "deit_micro_distilled_patch8_32", *, size: int = 32, classes=("a", "b", "c"),
-    ema: bool = False, seed: int = 1, **fields,
+    ema: bool = False, seed: int = 1, crop_ratio: float = 1.0, **fields,
 ) -> Path:  # fmt: skip
     """Write a checkpoint whose every tensor has values of its own, and return its directory."""
     c = base.get_config()
-    c.model.variant, c.data.image_size, c.eval.crop_ratio = variant, size, 1.0
+    c.model.variant, c.data.image_size, c.eval.crop_ratio = variant, size, crop_ratio
     for name, value in fields.items():
         c.model[name] = value
     network = factory.build(c.model, num_classes=len(classes), image_size=size, precision="float32")
@@ -35,6 +35,5 @@ def checkpoint(
         config_json=configuration.to_json(resolved),
         metrics={},
         versions={"deit": "0"},
-        temporary=f"tmp-{where.name}",
     )
     return where

@@ -1,6 +1,5 @@
 """The stand-in of BiT-M R50x3: its size by a formula, its arithmetic against NumPy, its interface as a SavedModel."""
 
-
 import numpy as np
 import pytest
 import tensorflow as tf

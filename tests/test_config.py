@@ -124,6 +124,13 @@ def test_settings_of_the_optimizer_that_do_not_go_together_are_refused(fields, m
         rules.validate(changed(**fields))
 
 
+def test_the_class_head_alone_is_no_choice_where_there_is_no_other_head():
+    for variant in ("deit_tiny_patch16_224", "deit3_small_patch16_224.fb_in1k"):
+        with pytest.raises(errors.UserError, match=r"model.heads \('cls'\) must be 'all' where model.variant \('deit"):
+            rules.validate(changed(**{"model.variant": variant, "model.heads": "cls"}))
+    rules.validate(changed(**{"model.variant": "deit_tiny_distilled_patch16_224.fb_in1k", "model.heads": "cls"}))
+
+
 @pytest.mark.parametrize("name", ["digits:", "digits:5", "digits:55", "digits:5a", "digits:٣٤"])
 def test_a_subset_of_the_digits_has_two_different_ones_or_more(name):
     with pytest.raises(errors.UserError, match=r"data.name .* must be tfds:NAME"):

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from deit import errors, evaluate
+from tests import family
 
 CLASSES = ("cat", "dog", "owl")
 LABELS = [[0, 1, 2, 2], [1, 1, 0, 0]]
@@ -161,3 +162,23 @@ def test_a_split_without_a_readable_image_is_an_error_and_no_accuracy_of_zero():
         batch["weight"] *= 0.0
     with pytest.raises(errors.UserError, match="no image of the evaluation split"):
         evaluate.measure(answering(top1=[0] * 8), batches, CLASSES)
+
+
+def test_data_of_other_classes_is_refused_with_a_few_names_of_both(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ckpt", classes=tuple(f"class {i}" for i in range(1000)))
+    with pytest.raises(errors.UserError) as caught:
+        evaluate.checkpointed(ckpt, data_name="digits", split="test")
+    assert str(caught.value) == (
+        "data.name (digits) must have the classes of the checkpoint: it has 10 (0, 1, 2, 3, 4 and 5 more), the "
+        "checkpoint 1000 (class 0, class 1, class 2, class 3, class 4 and 995 more)"
+    )
+
+
+def test_the_weights_that_are_asked_for_are_measured(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ckpt", classes=tuple("01234"), ema=True)
+    data = {"data_name": "digits:01234", "split": "test[:20%]"}
+    both, raw, ema = (evaluate.checkpointed(ckpt, weights=w, **data)[1].metrics for w in ("both", "raw", "ema"))
+    assert (raw["eval/top1"], ema["eval/top1"]) == (both["eval/top1"], both["eval/top1_ema"])
+    assert raw["eval/top1"] != ema["eval/top1"] and not {"eval/top1_ema"} & {*raw, *ema}
+    with pytest.raises(errors.UserError, match=r"has no averages \(EMA\)"):
+        evaluate.checkpointed(family.checkpoint(tmp_path / "plain"), weights="ema", **data)

@@ -100,18 +100,33 @@ def test_every_package_that_is_needed_in_turn_is_pinned(setup_arguments):
     assert set(here) - needed - TOOLS_OF_PIP == set(), "nothing needs these: remove from constraints.txt"
 
 
+def imported(tree: ast.AST, *, lazily: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yield (top package, whether a function imports it when it is called) of every import."""
+    for node in ast.iter_child_nodes(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        yield from ((name.split(".")[0], lazily) for name in names)
+        yield from imported(node, lazily=lazily or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
 def test_every_package_that_the_code_or_a_test_imports_is_asked_for(setup_arguments):
-    asked = {canonicalize_name(requirement.name) for requirement in requirements(setup_arguments)}
+    """An extra may ask for what a tool, or a function when it is called, imports: all else runs without it."""
+    asked = {canonicalize_name(requirement.name) for requirement in requirements(setup_arguments)} | {"deit"}
+    extras = [Requirement(text) for texts in setup_arguments["extras_require"].values() for text in texts]
+    asked_by_extras = asked | {canonicalize_name(requirement.name) for requirement in extras}
     providers = importlib.metadata.packages_distributions()
-    for folder in ("deit", "configs", "tests"):
+    for folder in ("deit", "configs", "tests", "tools"):
         for path in (REPOSITORY / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom) and not node.level:
-                    names = [node.module]
-                for top in {name.split(".")[0] for name in names} & set(providers):
-                    packages = set(map(canonicalize_name, providers[top]))
-                    assert packages & {*asked, "deit"}, f"{path.name} imports {top}: add it to setup.py"
+            for top, lazily in imported(ast.parse(path.read_text(encoding="utf-8"))):
+                packages = set(map(canonicalize_name, providers.get(top, ())))
+                enough = packages & (asked_by_extras if lazily or folder == "tools" else asked)
+                assert enough or not packages, f"{path.name} imports {top}: add it to setup.py"
+
+
+def test_an_import_inside_a_function_is_told_from_one_at_the_top():
+    code = "import a.b\nif a:\n    from c import d\nclass E:\n    def f(self):\n        with g:\n            import h\n"
+    assert list(imported(ast.parse(code))) == [("a", False), ("c", False), ("h", True)]
 
 
 def doors(tree: ast.AST) -> Iterator[tuple[int, str]]:

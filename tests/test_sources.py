@@ -272,5 +272,13 @@ def test_unknown_digits_split_names_those_that_exist():
 
 
 def test_unknown_kind_of_data_names_the_kinds():
-    with pytest.raises(errors.UserError, match=r"tfds:NAME, folder:PATH, digits"):
+    with pytest.raises(errors.UserError, match=r"data.name \('cifar'\) must be tfds:NAME, folder:PATH, .*digits:01234"):
         sources.open_source(data_config("cifar"), "train")
+
+
+def test_the_names_of_the_classes_are_known_where_the_data_is_there(tmp_path):
+    fill(tmp_path / "here")
+    assert sources.classes(data_config("digits:95")) == ("9", "5")
+    assert sources.classes(data_config(f"folder:{tmp_path / 'here'}", train_split="all")) == ("a", "b")
+    assert sources.classes(data_config(f"folder:{tmp_path / 'absent'}")) is None
+    assert sources.classes(data_config("tfds:tf_flowers", data_dir=str(tmp_path))) is None

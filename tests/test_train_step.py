@@ -137,7 +137,7 @@ def test_gradients_of_micro_batches_equal_those_of_one_batch(run_of, layout, cha
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_after_one_sgd_update_agree_to_a_millionth(run_of, monkeypatch, layout):
-    def apply(optimizer, grads_and_vars, decay_variables):
+    def apply(optimizer, grads_and_vars, *, decayed, scales=()):
         optimizer.apply_gradients(grads_and_vars, experimental_aggregate_gradients=False)
 
     whole = run_of()

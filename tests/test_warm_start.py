@@ -1,10 +1,12 @@
 """init_from: what comes over, what begins anew, what is refused; and that it helps."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from configs import base
-from deit import checkpoint, errors, warm_start
+from deit import checkpoint, commit, errors, warm_start
 from deit import config as configuration
 from deit.models import factory, paths
 from tests import family
@@ -21,14 +23,18 @@ def resolved(init_from, variant=VARIANT, *, size=32, classes=("a", "b", "c"), we
     return configuration.resolve(c, train_size=256, eval_size=10, classes=classes, replicas=1)
 
 
-def load(config):
-    """Return (what is said, values of a fresh network, values after the start)."""
-    network = factory.build(
+def built(config):
+    return factory.build(
         config.model,
         num_classes=len(config.resolved.classes),
         image_size=config.data.image_size,
         precision="float32",
     )
+
+
+def load(config):
+    """Return (what is said, values of a fresh network, values after the start)."""
+    network = built(config)
     fresh = {path: variable.numpy() for path, variable in paths.variables(network.model)}
     said = warm_start.load(config, network)
     return said, fresh, {path: variable.numpy() for path, variable in paths.variables(network.model)}
@@ -36,6 +42,16 @@ def load(config):
 
 def stored(path, group="student"):
     return {n.removeprefix(f"{group}/"): v for n, v in checkpoint.read(path)[0].items() if n.startswith(f"{group}/")}
+
+
+def rewrite(ckpt, change):
+    """Let `change` alter the tensors of a checkpoint, by their paths in its file."""
+    (tensors, manifest), config_json = checkpoint.read(ckpt), checkpoint.read_config(ckpt)
+    change(tensors)
+    shutil.rmtree(ckpt)
+    commit.commit(
+        ckpt, tensors, step=manifest["step"], config_json=config_json, metrics={}, versions={}, temporary="tmp"
+    )
 
 
 def test_the_same_classes_and_size_bring_everything_bit_for_bit(tmp_path):
@@ -108,10 +124,82 @@ def test_a_start_from_nothing_assigns_nothing():
 )  # fmt: skip
 def test_a_checkpoint_of_another_network_is_refused_by_the_tensor_s_name(tmp_path, source, ours, message):
     ckpt = family.checkpoint(tmp_path / "ckpt", **source)
-    with pytest.raises(errors.UserError, match=message):
-        load(resolved(ckpt, **ours))
+    for call in (load, lambda config: warm_start.check(config, config.resolved.classes)):
+        with pytest.raises(errors.UserError, match=message):
+            call(resolved(ckpt, **ours))
 
 
-def test_a_path_that_is_no_checkpoint_is_refused_before_anything_is_built(tmp_path):
+def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(errors.UserError, match="is no run, checkpoint or export"):
-        warm_start.check(resolved(tmp_path))
+        warm_start.check(resolved(tmp_path), None)
+
+
+@pytest.mark.parametrize("classes", [("a", "b", "c"), ("d", "e"), None])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("student/blocks/1/norm2/beta"), "missing blocks/1/norm2/beta"),
+        (lambda t: t.update({"student/blocks/4/norm2/beta": t["student/norm/beta"]}), "left over blocks/4/norm2/beta"),
+        (lambda t: t.update({"student/norm/beta": np.zeros(64, np.float16)}), r"norm/beta is \('float16', \(64,\)\)"),
+        (
+            lambda t: t.update({"student/tokens/pos_embed": np.zeros([1, 2 + 15, 64], np.float32)}),
+            "tokens/pos_embed has a grid of 15 patches, which is not square",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_found_without_data_and_whatever_the_classes(tmp_path, change, message, classes):
+    ckpt = family.checkpoint(tmp_path / "ckpt")
+    rewrite(ckpt, change)
+    with pytest.raises(errors.UserError, match=message):
+        warm_start.check(resolved(ckpt), classes)
+
+
+def test_a_head_is_missed_only_where_it_would_come_over(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ckpt")
+    rewrite(ckpt, lambda t: [t.pop(f"student/head_dist/{name}") for name in ("kernel", "bias")])
+    with pytest.raises(errors.UserError, match="missing head_dist/bias; missing head_dist/kernel"):
+        warm_start.check(resolved(ckpt), ("a", "b", "c"))
+    warm_start.check(resolved(ckpt), ("d", "e"))
+
+
+def test_averages_that_are_not_there_are_missed_before_data_is_opened(tmp_path):
+    with pytest.raises(errors.UserError, match=r"has no averages \(EMA\)"):
+        warm_start.check(resolved(family.checkpoint(tmp_path / "ckpt"), weights="ema"), None)
+    warm_start.check(resolved(family.checkpoint(tmp_path / "averaged", ema=True), weights="ema"), None)
+
+
+def test_a_check_reads_no_tensor(tmp_path, monkeypatch):
+    ckpt = family.checkpoint(tmp_path / "ckpt")
+    monkeypatch.setattr(checkpoint, "read", None)
+    warm_start.check(resolved(ckpt, size=48), ("a", "b", "c"))
+
+
+def test_what_is_told_before_is_what_happens(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ckpt")
+    for fields in ({}, {"size": 48}, {"classes": ("d", "e")}, {"heads": "cls"}):
+        config = resolved(ckpt, **fields)
+        network = built(config)
+        told = warm_start.describe(config, network, config.resolved.classes)
+        assert told == warm_start.load(config, network) and told.startswith(f"{ckpt} (raw); heads ")
+    config = resolved(ckpt)
+    told = warm_start.describe(config, built(config), None)
+    assert told == f"{ckpt} (raw); heads: re-initialised unless the classes are the same"
+
+
+def test_another_input_scaling_or_epsilon_is_warned_of(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ckpt", mean=(0.5, 0.5, 0.5), norm_epsilon=1e-12)
+    config = resolved(ckpt)
+    assert warm_start.describe(config, built(config), None).endswith(
+        "; warning: model.mean (0.5, 0.5, 0.5) -> (0.485, 0.456, 0.406), model.norm_epsilon 1e-12 -> 1e-06: the "
+        "weights were trained with the first, which --config.FIELD=VALUE keeps"
+    )
+    same = resolved(ckpt, mean=(0.5, 0.5, 0.5), norm_epsilon=1e-12)
+    assert "warning" not in warm_start.describe(same, built(same), None)
+
+
+def test_the_keras_example_is_resized_too(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ckpt", "keras_example", size=64)
+    said, _, now = load(resolved(ckpt, "keras_example", size=32))
+    assert "tokens/pos_embed resized from 4 x 4 to 2 x 2" in said
+    assert now["tokens/pos_embed"].shape == (1, 2 + 4, 192)
+    np.testing.assert_array_equal(now["tokens/pos_embed"][:, :2], stored(ckpt)["tokens/pos_embed"][:, :2])

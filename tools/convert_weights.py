@@ -24,9 +24,14 @@ VARIANT = flags.DEFINE_string("variant", None, "timm's name of the network, such
 LAYOUT = flags.DEFINE_enum(
     "layout", None, ["timm", "facebook", "huggingface"], "Of --from; default: seen from the names of its tensors."
 )
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "px; the position embedding is resized. 0 = as the variant's name.")
-PATCH = flags.DEFINE_integer("patch", 0, "px; 0 = as the variant's name.")
-REGISTERS = flags.DEFINE_integer("registers", 0, "Register tokens (timm's reg_tokens).")
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size",
+    0,
+    "px; the position embedding is resized. 0 = as the variant's name, and the file must be of that size.",
+    lower_bound=0,
+)
+PATCH = flags.DEFINE_integer("patch", 0, "px; 0 = as the variant's name.", lower_bound=0)
+REGISTERS = flags.DEFINE_integer("registers", 0, "Register tokens (timm's reg_tokens).", lower_bound=0)
 CLASSIFIER = flags.DEFINE_enum(
     "classifier",
     "keep",
@@ -37,14 +42,24 @@ CLASS_NAMES = flags.DEFINE_string("class_names", None, "File of class names, one
 WEIGHTS = flags.DEFINE_enum("weights", "raw", ["raw", "ema"], "With --to: which of a run's two sets of weights.")
 
 
+_ONE_WAY = {  # which flags say nothing in the other direction
+    True: ("variant", "layout", "image_size", "patch", "registers", "classifier", "class_names"),
+    False: ("weights",),
+}
+
+
 def main(_) -> int:
     """Convert --from to --out."""
     if TO.value is None and VARIANT.value is None:
         raise errors.UserError("--variant must name the network, or --to the layout to write")
-    from deit import convert  # TensorFlow starts only now
+    for name in _ONE_WAY[TO.value is not None]:
+        if flags.FLAGS[name].present:
+            where = "without --to" if TO.value else "with --to"
+            raise errors.UserError(f"--{name} ({flags.FLAGS[name].value}) says something only {where}")
+    from deit import convert, export_weights  # TensorFlow starts only now
 
     if TO.value:
-        print(convert.export(Path(FROM.value), Path(OUT.value), layout=TO.value, weights=WEIGHTS.value))
+        print(export_weights.export(Path(FROM.value), Path(OUT.value), layout=TO.value, weights=WEIGHTS.value))
         return errors.DONE
     done = convert.load(
         Path(FROM.value),

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: top-1 of both heads, of their averages and of the EMA, recall a class, teacher agreement.
 
-python tools/eval.py --ckpt=runs/deit_tiny_flowers [--data_dir=DIR] [--json=FILE]
+python tools/eval.py --ckpt=runs/deit_tiny_flowers [--data_dir=DIR] [--weights=raw|ema] [--json=FILE]
 python tools/eval.py --ckpt=weights/deit_tiny_patch16_224 --data_name=folder:imagenet --split=val
 """
 
@@ -19,6 +19,9 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data is now; default
 DATA_NAME = flags.DEFINE_string("data_name", None, "tfds:NAME or folder:PATH instead of data.name of the run.")
 SPLIT = flags.DEFINE_string("split", None, "Split to evaluate on instead of data.eval_split of the run.")
 TEACHER = flags.DEFINE_string("teacher", None, "Where the teacher is now; default: teacher.path of the run.")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "both", ["raw", "ema", "both"], "Which to measure: as trained, their averages, or top-1 of both."
+)
 JSON = flags.DEFINE_string("json", None, "Also write the metrics to this file.")
 
 
@@ -36,6 +39,7 @@ def main(_) -> int:
         data_name=DATA_NAME.value or "",
         split=SPLIT.value or "",
         teacher_path=TEACHER.value or "",
+        weights=WEIGHTS.value,
     )
     print(evaluate.table(report.metrics))
     if JSON.value:

@@ -42,7 +42,7 @@ class Row:
     Attributes:
       difference: the largest of any logit of any head, absolute.
       largest: the largest logit, for scale.
-      parameters: of their network.
+      parameters: of both networks, which must agree.
       round_trip: whether their tensors came back from our checkpoint bit for bit; None at a resized resolution.
     """
 
@@ -51,6 +51,11 @@ class Row:
     largest: float
     parameters: int
     round_trip: bool | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the logits are the same within 1e-4 and the tensors came back, where that was asked."""
+        return self.difference <= WITHIN and self.round_trip is not False  # nan is within nothing
 
 
 def missing() -> list[str]:
@@ -99,8 +104,11 @@ def _timm(case: Case, scratch: Path, classes: int) -> Row:
         resized.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, resized))
         model = resized.eval()
     images = pictures(2, case.size)
-    expected = timm_logits(model, images)
-    return _finish(case, scratch, file, images, expected, state)
+    return _finish(case, scratch, file, images, timm_logits(model, images), _count(model))
+
+
+def _count(model: Any) -> int:
+    return sum(value.numel() for value in model.parameters())
 
 
 def timm_logits(model: Any, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -130,14 +138,13 @@ def _huggingface(case: Case, scratch: Path, classes: int) -> Row:
     else:
         model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
     scatter(model).save_pretrained(scratch / "theirs")
-    state = None
     if case.size != native:  # theirs resamples with another cubic: our grid is opened there
         convert.load(scratch / "theirs", scratch / "resized", variant=case.variant, image_size=case.size)
         convert.export(scratch / "resized", scratch / "back", layout="huggingface")
         model = type(model).from_pretrained(scratch / "back").eval()
     images = pictures(2, case.size)
     outputs = _huggingface_logits(model, images)
-    return _finish(case, scratch, scratch / "theirs", images, outputs, state)
+    return _finish(case, scratch, scratch / "theirs", images, outputs, _count(model))
 
 
 def _huggingface_logits(model: Any, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -149,32 +156,37 @@ def _huggingface_logits(model: Any, images: np.ndarray) -> dict[str, np.ndarray]
     return {"cls": found.logits.numpy()}
 
 
-def _finish(case: Case, scratch: Path, file: Path, images, expected, state) -> Row:
-    import safetensors.numpy
-
+def _finish(case: Case, scratch: Path, file: Path, images, expected, theirs: int) -> Row:
+    native = variants.size_of(case.variant)
     convert.load(file, scratch / "ours", variant=case.variant, image_size=case.size)
     opened = saved.open_network(scratch / "ours")
     got = {name: value.numpy() for name, value in opened.network.logits(images).items()}
     assert got.keys() == expected.keys(), f"{case}: heads {sorted(got)}, theirs {sorted(expected)}"
     count = sum(int(np.prod(v.shape)) for _, v in paths.variables(opened.network.model))
+    assert count == theirs, f"{case}: {count} parameters, theirs {theirs}"
     del opened
-    round_trip = None
-    if case.size == variants.size_of(case.variant):
-        out = scratch / ("again" if case.source == "huggingface" else "again.safetensors")
-        convert.export(scratch / "ours", out, layout=case.source)
-        back = safetensors.numpy.load_file(out / "model.safetensors" if out.is_dir() else out)
-        if file.suffix == ".pth":
-            torch, _, _ = load()
-            before = {name: v.numpy() for name, v in torch.load(file, weights_only=True)["model"].items()}
-        else:
-            before = safetensors.numpy.load_file(file / "model.safetensors" if file.is_dir() else file)
-        round_trip = before.keys() == back.keys() and all(
-            before[name].shape == back[name].shape and before[name].tobytes() == back[name].tobytes() for name in before
-        )
+    round_trip = _comes_back(case, scratch, file) if case.size == native else None
     gc.collect()
-    difference = max(float(np.abs(got[name] - expected[name]).max()) for name in got)
-    largest = max(float(np.abs(value).max()) for value in expected.values())
-    return Row(case, difference, largest, count, round_trip)
+    difference = float(np.max([np.abs(got[name] - expected[name]).max() for name in got]))  # nan if any is
+    largest = float(np.max([np.abs(value).max() for value in expected.values()]))
+    return Row(case, difference, largest, theirs, round_trip)
+
+
+def _comes_back(case: Case, scratch: Path, file: Path) -> bool:
+    """Return whether their file and what we export again hold the same tensors bit for bit."""
+    import safetensors.numpy
+
+    out = scratch / ("again" if case.source == "huggingface" else "again.safetensors")
+    convert.export(scratch / "ours", out, layout=case.source)
+    back = safetensors.numpy.load_file(out / "model.safetensors" if out.is_dir() else out)
+    if file.suffix == ".pth":
+        torch, _, _ = load()
+        before = {name: v.numpy() for name, v in torch.load(file, weights_only=True)["model"].items()}
+    else:
+        before = safetensors.numpy.load_file(file / "model.safetensors" if file.is_dir() else file)
+    return before.keys() == back.keys() and all(
+        before[name].shape == back[name].shape and before[name].tobytes() == back[name].tobytes() for name in before
+    )
 
 
 def scatter(model: Any, seed: int = 0) -> Any:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tqdm
 from absl import flags
 
-from deit import cli, errors
+from deit import cli, errors, workdir
 
 ONLY = flags.DEFINE_string(
     "only", "", "Regular expression: only the comparisons (`VARIANT SOURCE SIZE`) it is found in."
@@ -31,6 +31,8 @@ def main(_) -> int:
     """Compare and print the table."""
     if JSON.value and os.path.lexists(JSON.value):
         raise errors.UserError(f"--json ({JSON.value}) exists; nothing is overwritten")
+    if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
+        raise errors.UserError(f"--json ({JSON.value}) must be a file in an existing directory")
     try:
         wanted = re.compile(ONLY.value)
     except re.error as error:
@@ -52,8 +54,9 @@ def main(_) -> int:
             f"{row.largest:.2f} | {row.parameters:,} | {back} |"
         )
     if JSON.value:
-        Path(JSON.value).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
-    return int(any(row.difference > peers.WITHIN or row.round_trip is False for row in rows))
+        content = json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n"
+        workdir.write(Path(JSON.value), content.encode())
+    return int(not all(row.agrees for row in rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deit import errors
+from deit import errors, rules
 from deit.data import encoded, folder_source, splits, tfds_source
 
 InMemory = encoded.InMemory
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 def open_source(data_config, split: str) -> Source:
-    """Open `split` of `data_config.name` (tfds:NAME, folder:PATH, digits). Errors: UserError."""
+    """Open `split` of `data_config.name`, which is what `rules.DATA_NAMES` says. Errors: UserError."""
     return _kind(data_config.name).open_source(data_config, split)
 
 
@@ -50,6 +50,14 @@ def open_scan(data_config, split: str) -> encoded.Encoded | tfds_source.TfRecord
 def sizes(data_config) -> tuple[int, int, int] | None:
     """Return (train size, evaluation size, classes) without a download; None where the data is absent."""
     return _kind(data_config.name).sizes(data_config)
+
+
+def classes(data_config) -> tuple[str, ...] | None:
+    """Return the names of the classes without a download; None where the data is absent or can't be opened."""
+    try:
+        return tuple(open_scan(data_config, data_config.train_split).classes)
+    except errors.UserError:  # `open_source` says why
+        return None
 
 
 def split_names(data_config) -> tuple[str, ...]:
@@ -65,7 +73,7 @@ def check_classes(train: Source, held_out: Source) -> None:
         ]
         raise errors.UserError(
             f"data.train_split and data.eval_split must have the same classes ({len(train.classes)} and "
-            f"{len(held_out.classes)}): only in training {_few(only[0])}, only in evaluation {_few(only[1])}"
+            f"{len(held_out.classes)}): only in training {few(only[0])}, only in evaluation {few(only[1])}"
         )
 
 
@@ -111,14 +119,15 @@ class _Digits:
         return "train", "test"
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Return the first names for people: a, b, c, d, e and 995 more."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
 
 
 def _kind(name: str):
     kind = name.partition(":")[0]
     if kind not in _KINDS:
-        raise errors.UserError(f"data.name ({name!r}) must be one of tfds:NAME, folder:PATH, digits")
+        raise errors.UserError(f"data.name ({name!r}) must be {rules.DATA_NAMES}")
     return _KINDS[kind]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deit import keras
-from deit.models import variants, vit
+from deit.models import paths, variants, vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,10 @@ def build(
 
 def heads(num_classes: int, outputs: Sequence[str], *, initializer: Any) -> dict[str, Any]:
     """Return the linear heads by output name, float32 in every precision, each with its `initializer()`."""
-    names = {"cls": "head", "dist": "head_dist"}
     return {
-        output: keras.layers.Dense(num_classes, kernel_initializer=initializer(), name=names[output], dtype="float32")
+        output: keras.layers.Dense(
+            num_classes, kernel_initializer=initializer(), name=paths.HEADS[output], dtype="float32"
+        )
         for output in outputs
     }
 

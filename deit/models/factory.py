@@ -52,22 +52,16 @@ def names() -> tuple[str, ...]:
 
 def check(model_config: Any, image_size: int, *, load_weights: bool = True) -> None:
     """Raise UserError if `build` would refuse this; builds nothing. Rates, mean and std are `config.validate`'s."""
-    name = variants.untagged(model_config.variant)
+    name = _name(model_config)
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
         raise errors.UserError(f"model.variant ({model_config.variant}) is unknown; nearest: {', '.join(near)}")
-    shape = _shape(model_config)
+    shape = shape_of(model_config)
     if shape is not None:
         _check_patch(shape.patch, model_config, image_size)
-    if not name.startswith("deit"):
-        for field, default in (
-            ("patch", 0),
-            ("registers", 0),
-            ("heads", "all"),
-            ("norm_epsilon", variants.NORM_EPSILON),
-        ):
-            if model_config[field] != default:
-                raise errors.UserError(f"model.{field} ({model_config[field]}) is for DeiT's variants, not {name}")
+    for field, default in _OF_DEIT.items() if name in _OTHERS else ():
+        if model_config[field] != default:
+            raise errors.UserError(f"model.{field} ({model_config[field]}) is for DeiT's variants, not {name}")
     if name == "backbone" and load_weights:
         cnn.check(model_config)
 
@@ -106,7 +100,7 @@ def _one_copy(creator: Callable, **settings: Any) -> tf.Variable:
 
 
 def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weights: bool) -> Network:
-    name, image_size, num_classes = variants.untagged(model_config.variant), sizes["image_size"], sizes["num_classes"]
+    name, image_size, num_classes = _name(model_config), sizes["image_size"], sizes["num_classes"]
     if name in ("backbone", "groupnorm_resnet"):
         model, loaded = _OTHERS[name](model_config, **sizes, policy=policy, load_weights=load_weights)
         if load_weights:
@@ -119,7 +113,7 @@ def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weight
         "drop_path": model_config.drop_path,
         "policy": policy,
     }
-    shape = _shape(model_config)
+    shape = shape_of(model_config)
     if name in _OTHERS:
         model, train_model = _OTHERS[name](**shared)
     else:
@@ -130,7 +124,13 @@ def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weight
     return Network(model, train_model, drop_rates, image_size, num_classes)
 
 
-def _shape(model_config: Any) -> variants.Shape | None:
+def _name(model_config: Any) -> str:
+    """Return the name of the network: timm's tag of the weights is cut off where timm's names have one."""
+    variant = model_config.variant
+    return variants.untagged(variant) if variant.startswith("deit") else variant
+
+
+def shape_of(model_config: Any) -> variants.Shape | None:
     """Return the sizes of a transformer, None for a CNN."""
     return keras_example.SHAPE if model_config.variant == keras_example.NAME else variants.of_model(model_config)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,13 @@ from deit.models.variants import Shape
 
 LAYOUTS = ("timm", "facebook", "huggingface")
 _POSITIONS = "tokens/pos_embed"
+_POOLER = re.compile(r"((deit|vit)\.)?pooler\.dense\.(weight|bias)")
+_BASE = (
+    "embeddings.",
+    "encoder.",
+    "layers.",
+    "layernorm.",
+)  # what the names of a base model of transformers start with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +47,9 @@ class Entry:
     shape: tuple[int, ...]
 
 
-def detect(names: Sequence[str]) -> str:
+def detect(names: Collection[str]) -> str:
     """Return the layout of a file by its tensors' names. Errors: UserError."""
-    if any(name.startswith(("deit.", "vit.")) for name in names):
+    if any(name.startswith(("deit.", "vit.", "embeddings.")) for name in names):
         return "huggingface"
     if any(name.endswith(".gamma_1") for name in names):
         return "facebook"
@@ -53,11 +60,25 @@ def detect(names: Sequence[str]) -> str:
 
 
 def classes(tensors: Mapping[str, np.ndarray], layout: str) -> int:
-    """Return how many classes the classifier of a file has; 0 where there is none."""
+    """Return how many classes the classifier of a file has; 0 where there is none. Errors: UserError."""
     for name in ("cls_classifier.weight", "classifier.weight") if layout == "huggingface" else ("head.weight",):
         if name in tensors:
+            if tensors[name].ndim != 2:
+                raise errors.UserError(f"{name} has shape {list(tensors[name].shape)}, not [classes, channels]")
             return int(tensors[name].shape[0])
     return 0
+
+
+def poolers(names: Collection[str], layout: str) -> list[str]:
+    """Return which tensors `to_own` leaves out: those of transformers' pooler, which no logit comes through."""
+    return sorted(name for name in names if layout == "huggingface" and _POOLER.fullmatch(name))
+
+
+def grid(tensors: Mapping[str, np.ndarray], shape: Shape, layout: str) -> int:
+    """Return the side of the position embedding's grid in a file that `to_own` has taken."""
+    root, names = _naming(shape, layout)
+    name = root + names["positions"]
+    return positions.side(_renamed(tensors, shape, layout)[name].shape[1] - shape.slots, name)
 
 
 def to_own(
@@ -69,7 +90,7 @@ def to_own(
     `image_size`, resized where the file's grid is another. Errors: UserError naming tensors.
     """
     wanted = list(entries(shape, layout=layout, image_size=image_size, num_classes=num_classes))
-    given = {_classic(name): tensor for name, tensor in tensors.items()} if layout == "huggingface" else dict(tensors)
+    given = _renamed(tensors, shape, layout)
     if not num_classes:
         for entry in heads(shape, layout=layout, num_classes=1):
             for name in entry.names:
@@ -101,53 +122,51 @@ def from_own(
 def entries(shape: Shape, *, layout: str, image_size: int, num_classes: int) -> Iterator[Entry]:
     """Yield every tensor of a variant in a layout. Errors: UserError where the layout does not know the variant."""
     _check_known(shape, layout)
-    names = _HUGGINGFACE if layout == "huggingface" else _TIMM
-    root = ("deit." if shape.distilled else "vit.") if layout == "huggingface" else ""
-    dim, count = shape.dim, (image_size // shape.patch) ** 2
-
-    def plain(own: str, name: str, *size: int) -> Entry:
-        return Entry(own, (root + name,), (), size)
-
-    def linear(own: str, name: str | Sequence[str], given: int, units: int) -> Iterator[Entry]:
-        parts = (name,) if isinstance(name, str) else tuple(name)
-        each = units // len(parts)
-        yield Entry(f"{own}/kernel", tuple(f"{root}{part}.weight" for part in parts), (1, 0), (each, given))
-        yield Entry(f"{own}/bias", tuple(f"{root}{part}.bias" for part in parts), (), (each,))
-
-    def norm(own: str, name: str) -> Iterator[Entry]:
-        yield plain(f"{own}/gamma", f"{name}.weight", dim)
-        yield plain(f"{own}/beta", f"{name}.bias", dim)
-
-    proj = f"{root}{names['patch']}"
-    yield Entry("patch_embed/proj/kernel", (f"{proj}.weight",), (2, 3, 1, 0), (dim, 3, shape.patch, shape.patch))
-    yield Entry("patch_embed/proj/bias", (f"{proj}.bias",), (), (dim,))
-    yield plain("tokens/cls_token", names["cls"], 1, 1, dim)
-    if shape.distilled:
-        yield plain("tokens/dist_token", names["dist"], 1, 1, dim)
-    if shape.registers:
-        yield plain("tokens/reg_token", "reg_token", 1, shape.registers, dim)
-    yield plain(_POSITIONS, names["positions"], 1, shape.slots + count, dim)
+    root, names = _naming(shape, layout)
+    yield from _stem(shape, root, names, (image_size // shape.patch) ** 2)
     for i in range(shape.depth):
-        own, block = f"blocks/{i}", names["block"].format(i)
-        yield from norm(f"{own}/norm1", f"{block}.{names['norm1']}")
-        qkv = names["qkv"]
-        yield from linear(
-            f"{own}/attn/qkv",
-            f"{block}.{qkv}" if isinstance(qkv, str) else [f"{block}.{part}" for part in qkv],
-            dim,
-            3 * dim,
-        )
-        yield from linear(f"{own}/attn/proj", f"{block}.{names['proj']}", dim, dim)
-        yield from norm(f"{own}/norm2", f"{block}.{names['norm2']}")
-        yield from linear(f"{own}/mlp/fc1", f"{block}.{names['fc1']}", dim, 4 * dim)
-        yield from linear(f"{own}/mlp/fc2", f"{block}.{names['fc2']}", 4 * dim, dim)
-        if shape.layer_scale:
-            for j in (1, 2):
-                scale = f"gamma_{j}" if layout == "facebook" else f"ls{j}.gamma"
-                yield plain(f"{own}/ls{j}/gamma", f"{block}.{scale}", dim)
-    yield from norm("norm", names["norm"])
+        yield from _block(shape, layout, f"blocks/{i}", f"{root}{names['block'].format(i)}", names)
+    yield from _norm("norm", root + names["norm"], shape.dim)
     if num_classes:
         yield from heads(shape, layout=layout, num_classes=num_classes)
+
+
+def _stem(shape: Shape, root: str, names: Mapping, count: int) -> Iterator[Entry]:
+    """Yield what comes before the blocks."""
+    dim, proj = shape.dim, root + names["patch"]
+    yield Entry("patch_embed/proj/kernel", (f"{proj}.weight",), (2, 3, 1, 0), (dim, 3, shape.patch, shape.patch))
+    yield Entry("patch_embed/proj/bias", (f"{proj}.bias",), (), (dim,))
+    yield Entry("tokens/cls_token", (root + names["cls"],), (), (1, 1, dim))
+    if shape.distilled:
+        yield Entry("tokens/dist_token", (root + names["dist"],), (), (1, 1, dim))
+    if shape.registers:
+        yield Entry("tokens/reg_token", (f"{root}reg_token",), (), (1, shape.registers, dim))
+    yield Entry(_POSITIONS, (root + names["positions"],), (), (1, shape.slots + count, dim))
+
+
+def _block(shape: Shape, layout: str, own: str, block: str, names: Mapping) -> Iterator[Entry]:
+    """Yield one block's tensors: `own` and `block` are its prefixes here and there."""
+    dim = shape.dim
+    yield from _norm(f"{own}/norm1", f"{block}.{names['norm1']}", dim)
+    yield from _linear(f"{own}/attn/qkv", [f"{block}.{part}" for part in names["qkv"]], dim, 3 * dim)
+    yield from _linear(f"{own}/attn/proj", [f"{block}.{names['proj']}"], dim, dim)
+    yield from _norm(f"{own}/norm2", f"{block}.{names['norm2']}", dim)
+    yield from _linear(f"{own}/mlp/fc1", [f"{block}.{names['fc1']}"], dim, 4 * dim)
+    yield from _linear(f"{own}/mlp/fc2", [f"{block}.{names['fc2']}"], 4 * dim, dim)
+    for j in (1, 2) if shape.layer_scale else ():
+        scale = f"gamma_{j}" if layout == "facebook" else f"ls{j}.gamma"
+        yield Entry(f"{own}/ls{j}/gamma", (f"{block}.{scale}",), (), (dim,))
+
+
+def _linear(own: str, parts: Sequence[str], given: int, units: int) -> Iterator[Entry]:
+    each = units // len(parts)
+    yield Entry(f"{own}/kernel", tuple(f"{part}.weight" for part in parts), (1, 0), (each, given))
+    yield Entry(f"{own}/bias", tuple(f"{part}.bias" for part in parts), (), (each,))
+
+
+def _norm(own: str, name: str, dim: int) -> Iterator[Entry]:
+    yield Entry(f"{own}/gamma", (f"{name}.weight",), (), (dim,))
+    yield Entry(f"{own}/beta", (f"{name}.bias",), (), (dim,))
 
 
 def heads(shape: Shape, *, layout: str, num_classes: int) -> Iterator[Entry]:
@@ -158,6 +177,31 @@ def heads(shape: Shape, *, layout: str, num_classes: int) -> Iterator[Entry]:
     for output, own in zip(shape.outputs, ("head", "head_dist")):
         yield Entry(f"{own}/kernel", (f"{names[output]}.weight",), (1, 0), (num_classes, shape.dim))
         yield Entry(f"{own}/bias", (f"{names[output]}.bias",), (), (num_classes,))
+
+
+def _naming(shape: Shape, layout: str) -> tuple[str, Mapping]:
+    """Return what the trunk's names start with, and the names."""
+    if layout == "huggingface":
+        return ("deit." if shape.distilled else "vit."), _HUGGINGFACE
+    return "", _TIMM
+
+
+def _renamed(tensors: Mapping[str, np.ndarray], shape: Shape, layout: str) -> dict[str, np.ndarray]:
+    """Return a file's tensors under the names that `entries` has, poolers left out. Errors: UserError.
+
+    transformers has three spellings of one tensor: with its classifiers' prefix or, in a base model, without; and with
+    the names of the file or, since its version 5, of the module in memory.
+    """
+    if layout != "huggingface":
+        return dict(tensors)
+    root, _ = _naming(shape, layout)
+    spelled: dict[str, str] = {}
+    for name in sorted(tensors.keys() - set(poolers(tensors, layout))):
+        known = _classic(root + name if name.startswith(_BASE) else name)
+        if known in spelled:
+            raise errors.UserError(f"{spelled[known]} and {name} are two names of one tensor: the file must have one")
+        spelled[known] = name
+    return {known: tensors[name] for known, name in spelled.items()}
 
 
 def _classic(name: str) -> str:
@@ -175,12 +219,16 @@ def _check_known(shape: Shape, layout: str) -> None:
         raise errors.UserError("transformers has no DeiT-III and no register tokens: use the layout timm")
     if layout != "huggingface" and shape.distilled and not shape.two_heads:
         raise errors.UserError(f"{layout} has no distilled network with one head (model.heads is cls): use huggingface")
+    if layout == "facebook" and shape.registers:
+        raise errors.UserError("facebookresearch/deit has no register tokens (model.registers): use the layout timm")
+    if layout == "timm" and shape.distilled and shape.registers:
+        raise errors.UserError("timm has no register tokens (model.registers) in a distilled network")
 
 
 def _resized(given: dict[str, np.ndarray], name: str, wanted: tuple[int, ...], slots: int) -> dict[str, np.ndarray]:
     """Return the tensors with the position embedding `name` on the wanted grid, if it is there and of another."""
     have = given.get(name)
-    if have is None or have.shape == wanted or have.dtype != np.float32 or have.shape[-1] != wanted[-1]:
+    if have is None or have.shape == wanted or have.dtype != np.float32 or have.shape[-1:] != wanted[-1:]:
         return given
     return {**given, name: positions.resize(have, slots=slots, count=wanted[1] - slots, name=name)}
 
@@ -216,7 +264,7 @@ _TIMM = {
     "positions": "pos_embed",
     "block": "blocks.{}",
     "norm1": "norm1",
-    "qkv": "attn.qkv",
+    "qkv": ("attn.qkv",),
     "proj": "attn.proj",
     "norm2": "norm2",
     "fc1": "mlp.fc1",

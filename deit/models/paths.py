@@ -15,6 +15,8 @@ import tensorflow as tf
 from deit import errors
 
 TOKENS = ("pos_embed", "cls_token", "dist_token", "reg_token")
+POSITIONS = "tokens/pos_embed"
+HEADS = {"cls": "head", "dist": "head_dist"}  # output of a network -> layer of its own path
 # Weights whose initializer Keras keeps under another name than `<weight>_initializer`.
 _INITIALIZERS = {"depthwise_kernel": "depthwise_initializer", "pointwise_kernel": "pointwise_initializer"}
 
@@ -61,16 +63,20 @@ def layer(path: str, last: int) -> int:
     return 0 if first in ("patch_embed", "tokens") else last
 
 
+def is_head(path: str) -> bool:
+    """Say whether a variable is of a classifier."""
+    return path.partition("/")[0] in HEADS.values()
+
+
 def trains(path: str, only: str) -> bool:
     """Say whether `optim.train_only` leaves a variable to be trained.
 
     `attention`: attention layers, heads and position embedding, as facebookresearch/deit's --attn-only
     (arXiv:2203.09795); `heads`: the heads (linear probing); "": all.
     """
-    head = path.startswith(("head/", "head_dist/"))
     if only == "attention":
-        return head or "/attn/" in path or path == "tokens/pos_embed"
-    return head if only == "heads" else True
+        return is_head(path) or "/attn/" in path or path == POSITIONS
+    return is_head(path) if only == "heads" else True
 
 
 def assign(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray]) -> None:
@@ -82,7 +88,7 @@ def assign(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.nd
         variable.assign(tensors[name])
 
 
-def misfit(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray]) -> str:
+def misfit(named: Sequence[tuple[str, tf.Variable]], tensors: Mapping[str, np.ndarray | tf.TensorSpec]) -> str:
     """Return which tensors are missing, left over, or of another form, the first five; empty where all fit."""
     wanted = dict(named)
     problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]

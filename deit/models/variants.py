@@ -1,8 +1,8 @@
 """The sizes of every DeiT and DeiT-III by timm's names, as far as they need no TensorFlow.
 
-A name is deit_SIZE[_distilled]_patchP_S or deit3_SIZE_patchP_S; the number S at its end is where its published weights
-were trained, data.image_size decides. timm's tag after a dot (`.fb_in1k`) says which weights, not which network: it is
-not looked at.
+A name is deit_SIZE[_distilled]_patchP_S or deit3_SIZE_patchP_S, and timm has it; the number S at its end is where its
+published weights were trained, data.image_size decides: a small DeiT at 384 px is the one of 224 with another size.
+timm's tag after a dot (`.fb_in1k`) says which weights, not which network: it is not looked at.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ def names() -> tuple[str, ...]:
     return tuple(_SHAPES)
 
 
+def at_size(name: str, image_size: int) -> str:
+    """Return the name that differs from this one by its resolution alone; "" where there is none."""
+    found = f"{untagged(name).rpartition('_')[0]}_{image_size}"
+    return found if found in _SHAPES else ""
+
+
 def untagged(name: str) -> str:
     """Return timm's name of a network without the tag of its weights."""
     return name.partition(".")[0]
@@ -125,8 +131,8 @@ def _micro(patch: int, *, distilled: bool) -> Shape:
 
 
 _SHAPES = {
-    **_deit("tiny", 192, 3, (224, 384)),
-    **_deit("small", 384, 6, (224, 384)),
+    **_deit("tiny", 192, 3, (224,)),
+    **_deit("small", 384, 6, (224,)),
     **_deit("base", 768, 12, (224, 384)),
     **_deit3("small", 384, 12, 6, 16, (224, 384)),
     **_deit3("medium", 512, 12, 8, 16, (224,)),

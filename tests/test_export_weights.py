@@ -1,0 +1,166 @@
+"""The line that the converter prints opens what it wrote; the files beside say how the network is built and fed."""
+
+import importlib.util
+import json
+import logging as python_logging
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from deit import convert, errors, export_weights, saved
+from tests import family
+from tests.test_layouts import timm
+from tools import peers
+
+needs_peers = pytest.mark.skipif(
+    bool(peers.missing()), reason=f"{', '.join(peers.missing())} not installed: pip install -e '.[peers]'"
+)
+PLAIN, DISTILLED, DEIT3 = "deit_micro_patch8_32", "deit_micro_distilled_patch8_32", "deit3_micro_patch8_32"
+
+
+def export(ckpt, tmp_path, layout, **options):
+    """Return (what was written, the printed Python)."""
+    out = tmp_path / ("theirs" if layout == "huggingface" else "theirs.safetensors")
+    line = export_weights.export(ckpt, out, layout=layout, **options)
+    assert line.startswith(f"{out}: ")
+    return out, line.removeprefix(f"{out}: ")
+
+
+def opened(line, tmp_path):
+    """Put the printed line into a module of its own, with nothing imported before, and return its model."""
+    peers.load()
+    (tmp_path / "opened.py").write_text(line + "\n")
+    spec = importlib.util.spec_from_file_location("opened", tmp_path / "opened.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.model.eval()
+
+
+@needs_peers
+@pytest.mark.parametrize(
+    "variant, layout, fields",
+    [
+        (PLAIN, "timm", {}),
+        (PLAIN, "timm", {"registers": 3, "size": 64}),
+        (PLAIN, "facebook", {"norm_epsilon": 1e-3}),
+        (PLAIN, "huggingface", {"size": 64}),
+        (DISTILLED, "timm", {"size": 64, "norm_epsilon": 1e-3}),
+        (DISTILLED, "facebook", {"patch": 4}),
+        (DISTILLED, "huggingface", {"norm_epsilon": 1e-3}),
+        (DISTILLED, "huggingface", {"heads": "cls"}),
+        (DEIT3, "timm", {"registers": 2}),
+        (DEIT3, "timm", {"norm_epsilon": 1e-3}),
+        (DEIT3, "facebook", {"size": 64, "norm_epsilon": 1e-3}),
+        # Published names: patches of 32 px keep them small.
+        ("deit_tiny_patch16_224", "timm", {"size": 384, "patch": 32, "norm_epsilon": 1e-3}),
+        ("deit_tiny_distilled_patch16_224", "timm", {"size": 288, "patch": 32}),
+        ("deit_tiny_distilled_patch16_224", "facebook", {"size": 64}),
+        ("deit3_small_patch16_224", "timm", {"size": 64, "registers": 1}),
+        ("deit3_small_patch16_384", "facebook", {"size": 64}),
+    ],
+)
+def test_the_line_opens_the_file_with_the_same_logits(tmp_path, variant, layout, fields):
+    ckpt = family.checkpoint(tmp_path / "ours", variant, **{"size": 32, **fields})
+    _, line = export(ckpt, tmp_path, layout)
+    ours = saved.open_network(ckpt).network
+    images = peers.pictures(2, ours.image_size)
+    logits = peers._huggingface_logits if layout == "huggingface" else peers.timm_logits
+    expected = logits(opened(line, tmp_path), images)
+    got = ours.logits(images)
+    assert got.keys() == expected.keys()
+    for head, value in expected.items():
+        assert np.abs(value).max() > 0.1
+        np.testing.assert_allclose(got[head], value, atol=peers.WITHIN)
+
+
+@needs_peers
+@pytest.mark.parametrize("layout", ["timm", "huggingface"])
+def test_a_trunk_without_a_classifier_is_opened_too(tmp_path, layout):
+    safetensors.numpy.save_file(timm(), tmp_path / "before.safetensors")
+    convert.load(tmp_path / "before.safetensors", tmp_path / "ours", variant=DISTILLED, classifier="drop")
+    _, line = export(tmp_path / "ours", tmp_path, layout)
+    state = opened(line, tmp_path).state_dict()
+    name = "norm.weight" if layout == "timm" else "layernorm.weight"
+    before = safetensors.numpy.load_file(tmp_path / "before.safetensors")
+    np.testing.assert_array_equal(state[name].numpy(), before["norm.weight"])
+    assert not any("pooler" in name or "head" in name for name in state)
+
+
+@pytest.mark.parametrize(
+    "variant, layout, fields, message",
+    [
+        (DISTILLED, "timm", {"registers": 2}, r"no register tokens \(model.registers\) in a distilled network"),
+        (PLAIN, "facebook", {"registers": 2}, r"facebookresearch/deit has no register tokens"),
+        (PLAIN, "huggingface", {"registers": 2}, r"transformers has no DeiT-III and no register tokens"),
+        (DEIT3, "huggingface", {}, r"transformers has no DeiT-III"),
+        (DISTILLED, "timm", {"heads": "cls"}, r"timm has no distilled network with one head"),
+    ],
+)
+def test_what_the_other_code_base_has_not_is_refused_and_nothing_is_left(tmp_path, variant, layout, fields, message):
+    ckpt = family.checkpoint(tmp_path / "ours", variant, **fields)
+    with pytest.raises(errors.UserError, match=message):
+        export(ckpt, tmp_path, layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_wrong_suffix_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(errors.UserError, match=r"--out \(.*theirs.pth\) must end in .safetensors"):
+        export_weights.export(tmp_path / "absent", tmp_path / "theirs.pth", layout="timm")
+
+
+def test_files_of_somebody_else_beside_the_export_survive(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ours", PLAIN)
+    (tmp_path / "tmp-theirs.safetensors").write_text("mine")
+    (tmp_path / "tmp-theirs").mkdir()
+    (tmp_path / "tmp-theirs" / "x").write_text("mine")
+    for layout in ("timm", "huggingface"):
+        export(ckpt, tmp_path, layout)
+    assert (tmp_path / "tmp-theirs.safetensors").read_text() == (tmp_path / "tmp-theirs" / "x").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    ckpt = family.checkpoint(tmp_path / "ours", PLAIN)
+    monkeypatch.setattr("deit.weights_file.write", full)
+    for layout in ("timm", "huggingface"):
+        with pytest.raises(errors.UserError, match=r"--out .* can't be written: No space left on device"):
+            export(ckpt, tmp_path, layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_config_json_says_how_the_network_is_built(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ours", DISTILLED, size=64, classes=("rose", "tulip"), norm_epsilon=1e-5)
+    out, _ = export(ckpt, tmp_path, "huggingface")
+    content = json.loads((out / "config.json").read_text())
+    expected = {
+        "architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit", "hidden_size": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 256, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5, "qkv_bias": True, "image_size": 64, "patch_size": 8, "num_channels": 3,
+        "id2label": {"0": "rose", "1": "tulip"}, "label2id": {"rose": 0, "tulip": 1},
+    }  # fmt: skip
+    assert {name: content[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("crop, before, resample", [(0.875, 36, 3), (1.0, 32, 3), (0.0, 32, 2)])
+def test_preprocessor_config_json_says_what_a_picture_is_made_into(tmp_path, crop, before, resample):
+    ckpt = family.checkpoint(tmp_path / "ours", PLAIN, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), crop_ratio=crop)
+    out, _ = export(ckpt, tmp_path, "huggingface")
+    content = json.loads((out / "preprocessor_config.json").read_text())
+    assert content["image_mean"] == [0.5, 0.4, 0.3] and content["image_std"] == [0.1, 0.2, 0.3]
+    assert content["size"] == {"height": before, "width": before} and content["resample"] == resample
+    assert content["do_center_crop"] is bool(crop) and content["crop_size"] == {"height": 32, "width": 32}
+    assert content["do_rescale"] is content["do_normalize"] is True and content["rescale_factor"] == 1 / 255
+
+
+@pytest.mark.parametrize("layout", ["timm", "facebook"])
+def test_pixels_that_are_not_normalised_as_imagenet_s_are_a_warning(tmp_path, caplog, layout):
+    caplog.set_level(python_logging.WARNING)
+    export(family.checkpoint(tmp_path / "usual", PLAIN), tmp_path, layout)
+    assert caplog.text == ""
+    (tmp_path / "theirs.safetensors").unlink()
+    export(family.checkpoint(tmp_path / "other", PLAIN, mean=(0.5,) * 3, std=(0.5,) * 3), tmp_path, layout)
+    assert "trained with mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5)" in caplog.text
