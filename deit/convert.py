@@ -21,7 +21,6 @@ import deit
 from configs import base
 from deit import commit, errors, peer_settings, weights_file
 from deit import config as configuration
-from deit.export_weights import export  # noqa: F401  tools/peers.py has it from here
 from deit.models import factory, layouts, paths, variants
 
 _IMAGENET = 1000

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from deit import checkpoint, convert, errors, saved
+from deit import checkpoint, convert, errors, export_weights, saved
 from tests import family
 from tests.test_layouts import huggingface, timm
 
@@ -112,7 +112,7 @@ def test_one_classifier_of_a_distilled_network_of_transformers_becomes_the_class
     convert.load(tmp_path / "theirs.safetensors", tmp_path / "ours", variant=VARIANT)
     opened = saved.open_network(tmp_path / "ours")
     assert list(opened.network.model.output) == ["cls"] and opened.config.model.norm_epsilon == 1e-12
-    convert.export(tmp_path / "ours", tmp_path / "back", layout="huggingface")
+    export_weights.export(tmp_path / "ours", tmp_path / "back", layout="huggingface")
     back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == w.keys() and all(back[name].tobytes() == w[name].tobytes() for name in w)
     content = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -121,12 +121,12 @@ def test_one_classifier_of_a_distilled_network_of_transformers_becomes_the_class
 
 def test_export_takes_the_averages_where_it_is_told(tmp_path):
     ckpt = family.checkpoint(tmp_path / "ours", VARIANT, ema=True)
-    convert.export(ckpt, tmp_path / "raw.safetensors", layout="timm")
-    convert.export(ckpt, tmp_path / "ema.safetensors", layout="timm", weights="ema")
+    export_weights.export(ckpt, tmp_path / "raw.safetensors", layout="timm")
+    export_weights.export(ckpt, tmp_path / "ema.safetensors", layout="timm", weights="ema")
     raw, ema = (safetensors.numpy.load_file(tmp_path / f"{name}.safetensors") for name in ("raw", "ema"))
     np.testing.assert_allclose(ema["blocks.1.attn.qkv.weight"], raw["blocks.1.attn.qkv.weight"] / 2, rtol=1e-6)
     with pytest.raises(errors.UserError, match=r"has no averages \(EMA\)"):
-        convert.export(
+        export_weights.export(
             family.checkpoint(tmp_path / "plain", VARIANT), tmp_path / "x.safetensors", layout="timm", weights="ema"
         )
 
@@ -211,4 +211,181 @@ def test_without_torch_a_pickle_is_answered_by_how_to_write_safetensors(tmp_path
 def test_a_network_that_no_one_else_has_is_not_exported(tmp_path):
     ckpt = family.checkpoint(tmp_path / "ours", "keras_example", size=32)
     with pytest.raises(errors.UserError, match=r"model.variant \(keras_example\) must be a DeiT"):
-        convert.export(ckpt, tmp_path / "x.safetensors", layout="timm")
+        export_weights.export(ckpt, tmp_path / "x.safetensors", layout="timm")
+
+
+def test_a_grid_of_another_size_is_resized_only_where_the_size_is_asked_for(tmp_path):
+    w = {**timm(), "pos_embed": np.ones([1, 2 + 64, 64], np.float32)}
+    safetensors.numpy.save_file(w, tmp_path / "theirs.safetensors")
+    message = (
+        r"pos_embed is of a 8 x 8 grid, deit_micro_distilled_patch8_32 has 4 x 4: --image_size=32 resizes it, "
+        r"--image_size=64 keeps it$"
+    )
+    with pytest.raises(errors.UserError, match=message):
+        convert.load(tmp_path / "theirs.safetensors", tmp_path / "ours", variant=VARIANT)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.safetensors"]
+    line = convert.load(tmp_path / "theirs.safetensors", tmp_path / "kept", variant=VARIANT, image_size=64)
+    assert "resized" not in line and "resized" not in checkpoint.manifest(tmp_path / "kept")["source"]
+    line = convert.load(tmp_path / "theirs.safetensors", tmp_path / "ours", variant=VARIANT, image_size=32)
+    assert "resized: pos_embed from 8 x 8 to 4 x 4" in line
+    assert checkpoint.manifest(tmp_path / "ours")["source"]["resized"] == "pos_embed from 8 x 8 to 4 x 4"
+
+
+def test_the_other_name_is_told_where_there_is_one(tmp_path):
+    from deit import peer_settings
+    from deit.models import variants
+
+    found = convert._Source(
+        tmp_path, "timm", {"pos_embed": np.zeros([1, 1 + 576, 768])}, peer_settings.Settings(tmp_path)
+    )
+    name = "deit_base_patch16_224"
+    with pytest.raises(errors.UserError, match=r"24 x 24 grid, .* 14 x 14.* --variant=deit_base_patch16_384 keeps it"):
+        convert._changes(found, variants.of_name(name), name, 224, asked=False)
+
+
+def test_a_base_model_of_transformers_is_a_trunk_and_its_pooler_is_said_to_be_left_out(tmp_path):
+    w = {n.partition(".")[2]: v for n, v in huggingface(timm()).items() if n.startswith("deit.")}
+    w |= {"pooler.dense.weight": np.ones([64, 64], np.float32), "pooler.dense.bias": np.ones(64, np.float32)}
+    safetensors.numpy.save_file(w, tmp_path / "theirs.safetensors")
+    with pytest.raises(errors.UserError, match="has no classifier: --classifier=drop or --classifier=replace"):
+        convert.load(tmp_path / "theirs.safetensors", tmp_path / "ours", variant=VARIANT)
+    line = convert.load(tmp_path / "theirs.safetensors", tmp_path / "ours", variant=VARIANT, classifier="drop")
+    assert "left out: pooler.dense" in line
+    own = checkpoint.read(tmp_path / "ours")[0]
+    np.testing.assert_array_equal(own["student/norm/gamma"], w["layernorm.weight"])
+
+
+def test_other_files_named_tmp_survive_a_conversion(file, tmp_path):
+    (tmp_path / "tmp-ours").mkdir()
+    (tmp_path / "tmp-ours" / "x").write_text("mine")
+    convert.load(file, tmp_path / "ours", variant=VARIANT)
+    assert checkpoint.verify(tmp_path / "ours") is None and (tmp_path / "tmp-ours" / "x").read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["transformers", "timm's hub", "timm's older hub"])
+def test_what_is_done_to_pixels_comes_along_and_goes_back(tmp_path, how):
+    theirs, mean, std = tmp_path / "theirs", [0.5, 0.4, 0.3], [0.5, 0.25, 0.125]
+    theirs.mkdir()
+    fields = {"mean": mean, "std": std, "crop_pct": 0.9}
+    if how == "transformers":
+        safetensors.numpy.save_file(huggingface(timm()), theirs / "model.safetensors")
+        content = {"image_mean": mean, "image_std": std, "do_center_crop": True, "crop_size": 32, "size": 36}
+        (theirs / "preprocessor_config.json").write_text(json.dumps(content))
+    else:
+        safetensors.numpy.save_file(timm(), theirs / "model.safetensors")
+        content = fields if "older" in how else {"pretrained_cfg": fields}
+        (theirs / "config.json").write_text(json.dumps({"architecture": "x", **content}))
+    convert.load(theirs, tmp_path / "ours", variant=VARIANT)
+    config = saved.config_of(tmp_path / "ours")
+    assert list(config.model.mean) == mean and list(config.model.std) == std
+    assert config.eval.crop_ratio == (32 / 36 if how == "transformers" else 0.9)
+    if how == "transformers":
+        export_weights.export(tmp_path / "ours", tmp_path / "back", layout="huggingface")
+        back = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
+        assert back["image_mean"] == mean and back["image_std"] == std
+        assert back["size"]["height"] == 36 and back["crop_size"]["height"] == 32
+
+
+IN_WORDS = [
+    "tench, Tinca tinca",
+    *(f"thing {i}" for i in range(1, 999)),
+    "toilet tissue, toilet paper, bathroom tissue",
+]
+IN_WORDS[134] = IN_WORDS[517] = "crane"
+
+
+def beside(folder, labels, classes):
+    folder.mkdir()
+    safetensors.numpy.save_file(huggingface(timm(classes=classes)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"id2label": labels}))
+    return folder
+
+
+def test_imagenet_s_names_in_words_become_those_of_its_folders(tmp_path):
+    theirs = beside(tmp_path / "theirs", {str(i): name for i, name in enumerate(IN_WORDS)}, 1000)
+    convert.load(theirs, tmp_path / "ours", variant=VARIANT)
+    config = saved.config_of(tmp_path / "ours")
+    assert config.resolved.classes[0] == "n01440764" and config.resolved.classes[999] == "n15075141"
+    assert len(set(config.resolved.classes)) == 1000 and config.data.name == "tfds:imagenet2012"
+
+
+def test_names_that_come_again_are_numbered_and_a_wrong_number_of_them_is_the_file_s_fault(tmp_path):
+    theirs = beside(tmp_path / "theirs", {"0": "crane", "1": "dog", "2": "crane"}, 3)
+    convert.load(theirs, tmp_path / "ours", variant=VARIANT)
+    assert saved.config_of(tmp_path / "ours").resolved.classes == ("crane (0)", "dog", "crane (2)")
+    theirs = beside(tmp_path / "other", {"0": "crane", "1": "dog"}, 3)
+    with pytest.raises(errors.UserError, match=r"other/config.json: id2label has 2 names, the classifier 3 classes"):
+        convert.load(theirs, tmp_path / "x", variant=VARIANT)
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\n")
+    convert.load(theirs, tmp_path / "named", variant=VARIANT, names_file=names)  # the flag decides
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        (b"a\nb\na\n", {}, r"must hold different names, one a line: 'a' comes again"),
+        (b"a\n", {}, r"must hold two different names or more"),
+        (b"\xff\xfe\x00", {}, r"can't be read: it is no UTF-8 text"),
+        (None, {}, r"can't be read: No such file or directory"),
+        (b"a\nb\n", {}, r"--class_names \(.*names.txt\) has 2 names, the classifier 3 classes"),
+        (b"a\nb\n", {"classifier": "drop"}, r"--class_names .* --classifier is drop"),
+    ],
+)
+def test_a_file_of_names_that_can_t_be_taken_is_one_line(file, tmp_path, content, options, message):
+    names = tmp_path / "names.txt"
+    if content is not None:
+        names.write_bytes(content)
+    with pytest.raises(errors.UserError, match=message):
+        convert.load(file, tmp_path / "ours", variant=VARIANT, names_file=names, **options)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--to=timm", "--variant=deit_tiny_patch16_224"], "--variant (deit_tiny_patch16_224) says something only"),
+        (["--to=timm", "--classifier=keep"], "--classifier (keep) says something only without --to"),
+        (["--to=timm", "--image_size=0"], "--image_size (0) says something only without --to"),
+        (["--to=timm", "--layout=timm"], "--layout (timm) says something only without --to"),
+        (["--variant=deit_tiny_patch16_224", "--weights=raw"], "--weights (raw) says something only with --to"),
+        (["--variant=deit_tiny_patch16_224", "--patch=-1"], "patch"),
+        (["--variant=deit_tiny_patch16_224", "--registers=-1"], "registers"),
+    ],
+)
+def test_a_flag_that_says_nothing_here_is_refused(arguments, message):
+    line = run("--from=README.md", "--out=x", *arguments, code=1)
+    assert message in line and line.count("\n") == 1
+
+
+def test_initial_values_are_drawn_only_for_heads_that_begin_anew(file, tmp_path, monkeypatch):
+    from deit.models import paths
+
+    drawn = []
+    real = paths.initialise
+    monkeypatch.setattr(paths, "initialise", lambda *a, **o: drawn.append(1) or real(*a, **o))
+    convert.load(file, tmp_path / "ours", variant=VARIANT)
+    assert drawn == []
+
+
+def test_a_checkpoint_s_files_are_hashed_once(tmp_path, monkeypatch):
+    from deit import workdir
+
+    ckpt = family.checkpoint(tmp_path / "ours", VARIANT)
+    hashed, real = [], workdir.describe
+    monkeypatch.setattr(workdir, "describe", lambda path: hashed.append(path.name) or real(path))
+    opened = saved.open_network(ckpt)
+    assert sorted(hashed) == ["config.json", "tensors.safetensors"]
+    assert opened.path == opened.run == ckpt
+    del hashed[:]
+    export_weights.export(ckpt, tmp_path / "x.safetensors", layout="timm")
+    assert sorted(hashed) == ["config.json", "tensors.safetensors"]
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_left(file, tmp_path, monkeypatch):
+    import collections
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: collections.namedtuple("usage", "free")(5))
+    with pytest.raises(errors.UserError, match=r"--out \(.*ours\) can't be written: 5 bytes are free"):
+        convert.load(file, tmp_path / "ours", variant=VARIANT)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.safetensors"]

@@ -41,7 +41,6 @@ def opened(line, tmp_path):
 @pytest.mark.parametrize(
     "variant, layout, fields",
     [
-        (PLAIN, "timm", {}),
         (PLAIN, "timm", {"registers": 3, "size": 64}),
         (PLAIN, "facebook", {"norm_epsilon": 1e-3}),
         (PLAIN, "huggingface", {"size": 64}),
@@ -50,14 +49,18 @@ def opened(line, tmp_path):
         (DISTILLED, "huggingface", {"norm_epsilon": 1e-3}),
         (DISTILLED, "huggingface", {"heads": "cls"}),
         (DEIT3, "timm", {"registers": 2}),
-        (DEIT3, "timm", {"norm_epsilon": 1e-3}),
         (DEIT3, "facebook", {"size": 64, "norm_epsilon": 1e-3}),
-        # Published names: patches of 32 px keep them small.
-        ("deit_tiny_patch16_224", "timm", {"size": 384, "patch": 32, "norm_epsilon": 1e-3}),
-        ("deit_tiny_distilled_patch16_224", "timm", {"size": 288, "patch": 32}),
-        ("deit_tiny_distilled_patch16_224", "facebook", {"size": 64}),
-        ("deit3_small_patch16_224", "timm", {"size": 64, "registers": 1}),
-        ("deit3_small_patch16_384", "facebook", {"size": 64}),
+        # Published names; patches of 32 px keep them small.
+        ("deit_tiny_distilled_patch16_224", "timm", {"size": 288, "patch": 32, "norm_epsilon": 1e-3}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("deit_tiny_patch16_224", "timm", {"size": 384}),
+                ("deit_tiny_distilled_patch16_224", "facebook", {"size": 64}),
+                ("deit3_small_patch16_224", "timm", {"size": 64, "registers": 1}),
+                ("deit3_small_patch16_384", "facebook", {"size": 384, "norm_epsilon": 1e-3}),
+            )
+        ),
     ],
 )
 def test_the_line_opens_the_file_with_the_same_logits(tmp_path, variant, layout, fields):

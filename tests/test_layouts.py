@@ -1,5 +1,7 @@
 """Names, axes and joins of the layouts, written out by hand; what does not fit is named."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -185,8 +187,6 @@ def test_many_problems_are_counted_and_a_file_of_no_layout_is_told():
 
 
 def test_a_network_that_a_layout_does_not_have_is_refused():
-    import dataclasses
-
     one_head = dataclasses.replace(SHAPE, two_heads=False)
     with pytest.raises(errors.UserError, match="timm has no distilled network with one head"):
         list(layouts.entries(one_head, layout="timm", image_size=32, num_classes=3))
@@ -194,3 +194,50 @@ def test_a_network_that_a_layout_does_not_have_is_refused():
         name for e in layouts.entries(one_head, layout="huggingface", image_size=32, num_classes=3) for name in e.names
     ]
     assert "classifier.weight" in names and "cls_classifier.weight" not in names
+
+
+def test_names_that_no_layout_has_twice_are_refused_by_both():
+    w = huggingface(timm())
+    w["deit.layers.1.mlp.fc1.bias"] = w["deit.encoder.layer.1.intermediate.dense.bias"]
+    with pytest.raises(errors.UserError, match=r"deit.encoder.* and deit.layers.1.mlp.fc1.bias are two names of one"):
+        to_own(w, layout="huggingface")
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+@pytest.mark.parametrize("since_5", [True, False])
+def test_a_base_model_of_transformers_has_no_prefix_and_a_pooler_that_is_left_out(distilled, since_5):
+    shape = SHAPE if distilled else variants.of_name("deit_micro_patch8_32")
+    w = timm(distilled=distilled)
+    theirs = huggingface(w, distilled=distilled)
+    theirs = {name.partition(".")[2]: v for name, v in theirs.items() if name.startswith(("deit.", "vit."))}
+    theirs |= {**block("pooler.dense.weight", DIM, DIM), **block("pooler.dense.bias", DIM)}
+    if since_5:
+        theirs = {name.replace("encoder.layer.", "layers."): value for name, value in theirs.items()}
+    assert layouts.detect(list(theirs)) == "huggingface"
+    assert layouts.poolers(theirs, "huggingface") == ["pooler.dense.bias", "pooler.dense.weight"]
+    own = to_own(theirs, shape, layout="huggingface", classes=0)
+    expected = to_own(w, shape, classes=0)
+    assert own.keys() == expected.keys() and all(np.array_equal(own[name], expected[name]) for name in own)
+    assert layouts.grid(theirs, shape, "huggingface") == 4
+    assert layouts.poolers(["pooler.dense.weight"], "timm") == []
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "norm.weight", "head.weight"])
+def test_a_scalar_where_a_tensor_belongs_is_named(name):
+    with pytest.raises(errors.UserError, match=rf"{name} has shape \[\], not"):
+        w = changed(**{name: np.float32(1.0).reshape([])})
+        to_own(w, classes=layouts.classes(w, "timm"))
+
+
+@pytest.mark.parametrize(
+    "layout, variant, message",
+    [
+        ("facebook", "deit_micro_patch8_32", "facebookresearch/deit has no register tokens"),
+        ("timm", "deit_micro_distilled_patch8_32", "timm has no register tokens .* in a distilled network"),
+        ("huggingface", "deit_micro_patch8_32", "no register tokens"),
+    ],
+)
+def test_register_tokens_are_refused_where_a_code_base_has_none(layout, variant, message):
+    shape = dataclasses.replace(variants.of_name(variant), registers=2)
+    with pytest.raises(errors.UserError, match=message):
+        list(layouts.entries(shape, layout=layout, image_size=32, num_classes=3))

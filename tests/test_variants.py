@@ -9,6 +9,7 @@ import pytest
 from configs import base
 from deit import errors
 from deit.models import deit, factory, paths, variants
+from tools import peers
 
 # With 1000 classes, as timm 1.0.31 counts them; facebookresearch/deit's tables have the same in millions.
 PUBLISHED = {
@@ -35,6 +36,31 @@ WITHOUT_HEADS = {
     "deit_small_distilled_patch16_224": 21_666_432,
     "deit_base_distilled_patch16_224": 85_800_192,
     "deit_base_distilled_patch16_384": 86_092_032,
+}
+
+# (dim, depth, heads, patch, tokens before the patches, whether these have positions): no parameter count shows heads.
+SIZES = {
+    "deit_tiny_patch16_224": (192, 12, 3, 16, 1, True),
+    "deit_tiny_distilled_patch16_224": (192, 12, 3, 16, 2, True),
+    "deit_small_patch16_224": (384, 12, 6, 16, 1, True),
+    "deit_small_distilled_patch16_224": (384, 12, 6, 16, 2, True),
+    "deit_base_patch16_224": (768, 12, 12, 16, 1, True),
+    "deit_base_distilled_patch16_224": (768, 12, 12, 16, 2, True),
+    "deit_base_patch16_384": (768, 12, 12, 16, 1, True),
+    "deit_base_distilled_patch16_384": (768, 12, 12, 16, 2, True),
+    "deit3_small_patch16_224": (384, 12, 6, 16, 1, False),
+    "deit3_small_patch16_384": (384, 12, 6, 16, 1, False),
+    "deit3_medium_patch16_224": (512, 12, 8, 16, 1, False),
+    "deit3_base_patch16_224": (768, 12, 12, 16, 1, False),
+    "deit3_base_patch16_384": (768, 12, 12, 16, 1, False),
+    "deit3_large_patch16_224": (1024, 24, 16, 16, 1, False),
+    "deit3_large_patch16_384": (1024, 24, 16, 16, 1, False),
+    "deit3_huge_patch14_224": (1280, 32, 16, 14, 1, False),
+    "deit_micro_patch4_32": (64, 4, 2, 4, 1, True),
+    "deit_micro_distilled_patch4_32": (64, 4, 2, 4, 2, True),
+    "deit_micro_patch8_32": (64, 4, 2, 8, 1, True),
+    "deit_micro_distilled_patch8_32": (64, 4, 2, 8, 2, True),
+    "deit3_micro_patch8_32": (64, 4, 2, 8, 1, False),
 }
 
 
@@ -68,6 +94,39 @@ def test_parameter_counts_are_the_published_ones(variant):
     total, trunk = counts(variant)
     assert total == PUBLISHED[variant]
     assert trunk == WITHOUT_HEADS.get(variant, trunk)
+
+
+def sizes(name):
+    shape = variants.of_name(name)
+    return shape.dim, shape.depth, shape.heads, shape.patch, shape.prefix, shape.prefix_slots
+
+
+def test_there_are_these_variants_and_no_others_and_their_sizes_are_the_published_ones():
+    assert {name: sizes(name) for name in variants.names()} == SIZES
+    assert {name for name in SIZES if "_micro_" not in name} == PUBLISHED.keys()
+
+
+@pytest.mark.skipif(bool(peers.missing()), reason=f"{', '.join(peers.missing())} not installed: pip install '.[peers]'")
+def test_every_published_name_is_timm_s_and_so_are_its_sizes():
+    torch, timm, _ = peers.load()
+    published = {name for name in variants.names() if "_micro_" not in name}
+    assert published == set(timm.list_models(["deit_*", "deit3_*"]))
+    for name in published:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        block, shape = model.blocks[0], variants.of_name(name)
+        patch, sides = model.patch_embed.patch_size, model.patch_embed.img_size
+        with_positions = model.pos_embed.shape[1] > model.patch_embed.num_patches
+        found = (model.embed_dim, len(model.blocks), block.attn.num_heads, patch[0], model.num_prefix_tokens)
+        assert (*found, with_positions) == sizes(name), name
+        assert sides[0] == variants.size_of(name) and block.norm1.eps == shape.norm_epsilon
+        assert hasattr(block.ls1, "gamma") == bool(shape.layer_scale)
+        assert sum(value.numel() for value in model.parameters()) == PUBLISHED[name]
+
+
+def test_a_name_at_another_resolution_is_one_that_exists_or_none():
+    assert variants.at_size("deit_base_patch16_224.fb_in1k", 384) == "deit_base_patch16_384"
+    assert variants.at_size("deit_tiny_patch16_224", 384) == ""
 
 
 def test_a_tag_of_weights_says_nothing_about_the_network_and_an_unknown_name_is_told_its_neighbours():

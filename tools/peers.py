@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deit import convert, saved
+from deit import convert, export_weights, saved
 from deit.models import paths, variants
 
 WITHIN = 1e-4  # absolute difference of a logit, float32
@@ -140,7 +140,7 @@ def _huggingface(case: Case, scratch: Path, classes: int) -> Row:
     scatter(model).save_pretrained(scratch / "theirs")
     if case.size != native:  # theirs resamples with another cubic: our grid is opened there
         convert.load(scratch / "theirs", scratch / "resized", variant=case.variant, image_size=case.size)
-        convert.export(scratch / "resized", scratch / "back", layout="huggingface")
+        export_weights.export(scratch / "resized", scratch / "back", layout="huggingface")
         model = type(model).from_pretrained(scratch / "back").eval()
     images = pictures(2, case.size)
     outputs = _huggingface_logits(model, images)
@@ -177,7 +177,7 @@ def _comes_back(case: Case, scratch: Path, file: Path) -> bool:
     import safetensors.numpy
 
     out = scratch / ("again" if case.source == "huggingface" else "again.safetensors")
-    convert.export(scratch / "ours", out, layout=case.source)
+    export_weights.export(scratch / "ours", out, layout=case.source)
     back = safetensors.numpy.load_file(out / "model.safetensors" if out.is_dir() else out)
     if file.suffix == ".pth":
         torch, _, _ = load()
