@@ -19,7 +19,7 @@ def checkpoint(
     c.model.variant, c.data.image_size, c.eval.crop_ratio = variant, size, crop_ratio
     for name, value in fields.items():
         c.model[name] = value
-    network = factory.build(c.model, num_classes=len(classes), image_size=size, precision="float32")
+    network = factory.build(c.model, num_classes=len(classes), image_size=size, precision="float32", load_weights=False)
     random = np.random.default_rng(seed)
     tensors = {}
     for path, variable in paths.variables(network.model):

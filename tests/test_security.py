@@ -207,12 +207,7 @@ EXCEPTIONS = {
     ("tests/test_cache.py", "np.load that does not say allow_pickle=False"): "that NumPy's plain call opens a cache is "
     "a promise; its default refuses pickles",
     ("tests/test_cache_teacher.py", "np.load that does not say allow_pickle=False"): "as above",
-    ("deit/weights_file.py", "pickle"): "names the error of torch.load(weights_only=True), which loads tensors alone",
     ("tests/test_peers.py", "pickle"): "writes the file with code in it that must be refused",
-    (
-        "tests/test_peers.py",
-        "runs a text",
-    ): "the line of Python that the converter prints for people, run as they would",
     ("tests/test_security.py", "allow_pickle"): "shows that the file which must not be opened so is live",
     ("tests/test_security.py", "plain http"): "snippets that the search must find",
     ("tests/test_security.py", "an open port"): "snippets that the search must find",

@@ -69,7 +69,7 @@ def test_a_pickle_cut_short_or_with_a_bit_flipped_is_one_line_or_read(tmp_path, 
 @needs_torch
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_training_checkpoint_of_facebookresearch_deit_is_read_with_its_arguments_in_it(tmp_path, zipped, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")
     content = {"model": tensors(), "model_ema": tensors(), "epoch": 299, "args": argparse.Namespace(lr=5e-4, seed=0)}
     read = weights_file.read(save(tmp_path / "checkpoint.pth", content, zipped=zipped))
     np.testing.assert_array_equal(read["blocks.2.norm.weight"], np.arange(5) + 2)
