@@ -29,8 +29,6 @@ from deit import workdir as run_directory
 
 ROOM = 1.2  # bytes that must be free before a save, as a multiple of those it writes
 _OS_ERROR = re.compile(r"os error (\d+)|code: (\d+)")  # how safetensors, written in Rust, spells an OSError
-
-
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # a file system without links
 
 

@@ -1,5 +1,4 @@
-"""Weights of other code bases into a checkpoint of ours: what tools/convert_weights.py does. The way back:
-`export_weights`.
+"""Weights of other code bases into a checkpoint of ours: what tools/convert_weights.py does without --to.
 
 Promises: a checkpoint that is written opens: it was assigned to the network before; nothing is left half written and
 nothing that exists is overwritten. What lies beside the weights (names of classes, mean and std of pixels, the crop)
@@ -24,7 +23,6 @@ from deit import config as configuration
 from deit.models import factory, layouts, paths, variants
 
 _IMAGENET = 1000
-_HEADS = ("head/", "head_dist/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +202,7 @@ def _assigned(
     )
     ours = paths.variables(network.model)
     paths.assign([(path, variable) for path, variable in ours if path in own], own)
-    fresh = {path: v.numpy() for path, v in ours if fresh_heads and path.startswith(_HEADS)}
+    fresh = {path: v.numpy() for path, v in ours if fresh_heads and paths.is_head(path)}
     return own | fresh
 
 

@@ -64,7 +64,15 @@ class Saved:
 
 def config_of(path: str | Path) -> ConfigDict:
     """Return the configuration beside the newest checkpoint of a run directory, or beside one checkpoint."""
-    return configuration.from_json(checkpoint.read_config(checkpoint.locate(path)), base.get_config())
+    return config_beside(checkpoint.locate(path))
+
+
+def config_beside(where: Path) -> ConfigDict:
+    """Return the configuration of a checkpoint that `checkpoint.locate` has verified; hashes nothing again."""
+    try:
+        return configuration.from_json((where / checkpoint.CONFIG).read_text(encoding="utf-8"), base.get_config())
+    except (OSError, ValueError) as error:  # it was whole a moment ago
+        raise errors.UserError(f"checkpoint {where} can't be read: {error}") from error
 
 
 def contents(path: str | Path) -> Contents:
@@ -73,8 +81,8 @@ def contents(path: str | Path) -> Contents:
     Errors: UserError.
     """
     where = checkpoint.locate(path)  # verifies
+    config = config_beside(where)
     try:
-        config = configuration.from_json((where / checkpoint.CONFIG).read_text(encoding="utf-8"), base.get_config())
         tensors = safetensors.numpy.load_file(where / checkpoint.TENSORS)
         manifest = json.loads((where / checkpoint.MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:  # it was whole a moment ago

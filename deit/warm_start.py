@@ -70,8 +70,10 @@ def load(config: Any, network: factory.Network) -> str:
     """
     if not config.init_from:
         return ""
-    found = _fit(config, *_opened(config), network, config.resolved.classes)
-    tensors = saved.student(checkpoint.read(found.path)[0], config.init_weights, found.path)
+    source = saved.contents(config.init_from)
+    _check_variant(config, source.config)
+    found = _fit(config, source.path, source.config, network, config.resolved.classes)
+    tensors = saved.student(source.tensors, config.init_weights, found.path)
     wanted = [(path, variable) for path, variable in paths.variables(network.model) if path in found.names]
     coming = {path: tensors[path] for path, _ in wanted}
     shape = factory.shape_of(config.model)
@@ -91,7 +93,7 @@ def _line(config: Any, found: Start) -> str:
 def _opened(config: Any) -> tuple[Path, ConfigDict]:
     """Return the checkpoint of `init_from` and its configuration. Errors: UserError, also where the variants differ."""
     path = checkpoint.locate(config.init_from)
-    source = saved.config_of(path)
+    source = saved.config_beside(path)
     _check_variant(config, source)
     return path, source
 

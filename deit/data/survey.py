@@ -106,9 +106,12 @@ def examine(data: bytes, *, max_pixels: int) -> Seen:
 
 
 def is_turned(file: str) -> bool:
-    """Return whether a picture's EXIF orientation asks for it to be turned; False for what is no picture."""
+    """Return whether a photograph's EXIF orientation asks for it to be turned; False for what is no JPEG.
+
+    Only the head of the file is read: of a PNG, which cameras don't write, all of it would be decoded.
+    """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=["JPEG"]) as image:
             return image.getexif().get(_ORIENTATION, 1) != 1
     except Exception:  # Pillow's plugins raise nearly anything at broken headers
         return False

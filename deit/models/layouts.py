@@ -16,18 +16,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from deit import errors
-from deit.models import positions
+from deit.models import paths, positions
 from deit.models.variants import Shape
 
 LAYOUTS = ("timm", "facebook", "huggingface")
-_POSITIONS = "tokens/pos_embed"
 _POOLER = re.compile(r"((deit|vit)\.)?pooler\.dense\.(weight|bias)")
-_BASE = (
-    "embeddings.",
-    "encoder.",
-    "layers.",
-    "layernorm.",
-)  # what the names of a base model of transformers start with
+_BASE = ("embeddings.", "encoder.", "layers.", "layernorm.")  # how names of a base model of transformers begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +90,7 @@ def to_own(
             for name in entry.names:
                 given.pop(name, None)
     if given.keys() == {name for entry in wanted for name in entry.names}:  # else it is another network altogether
-        position = next(entry for entry in wanted if entry.own == _POSITIONS)
+        position = next(entry for entry in wanted if entry.own == paths.POSITIONS)
         given = _resized(given, position.names[0], position.shape, shape.slots)
     _check(given, wanted, layout)
     return {entry.own: _ours(entry, [given[name] for name in entry.names]) for entry in wanted}
@@ -141,7 +135,7 @@ def _stem(shape: Shape, root: str, names: Mapping, count: int) -> Iterator[Entry
         yield Entry("tokens/dist_token", (root + names["dist"],), (), (1, 1, dim))
     if shape.registers:
         yield Entry("tokens/reg_token", (f"{root}reg_token",), (), (1, shape.registers, dim))
-    yield Entry(_POSITIONS, (root + names["positions"],), (), (1, shape.slots + count, dim))
+    yield Entry(paths.POSITIONS, (root + names["positions"],), (), (1, shape.slots + count, dim))
 
 
 def _block(shape: Shape, layout: str, own: str, block: str, names: Mapping) -> Iterator[Entry]:
@@ -171,10 +165,11 @@ def _norm(own: str, name: str, dim: int) -> Iterator[Entry]:
 
 def heads(shape: Shape, *, layout: str, num_classes: int) -> Iterator[Entry]:
     """Yield the classifiers' tensors."""
-    names = {"cls": "head", "dist": "head_dist"}
+    names = paths.HEADS
     if layout == "huggingface":
         names = {"cls": "cls_classifier" if shape.two_heads else "classifier", "dist": "distillation_classifier"}
-    for output, own in zip(shape.outputs, ("head", "head_dist")):
+    for output in shape.outputs:
+        own = paths.HEADS[output]
         yield Entry(f"{own}/kernel", (f"{names[output]}.weight",), (1, 0), (num_classes, shape.dim))
         yield Entry(f"{own}/bias", (f"{names[output]}.bias",), (), (num_classes,))
 
