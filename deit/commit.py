@@ -47,13 +47,14 @@ def commit(
     temporary: str = "",
     source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the checkpoint `target`, which must not exist, whole or not at all.
+    """Write the checkpoint `target`, which must not exist, whole or not at all; directories above it are made.
 
     `temporary`: its name until then, which the caller sweeps after a kill; without, one that nobody else has.
     `source`: where the tensors come from, if not from training; kept in the manifest.
     Errors: OSError (ENOSPC before anything is written), NotFinite.
     """
     check_finite(tensors)
+    target.parent.mkdir(parents=True, exist_ok=True)
     _check_room(target.parent, tensors, config_json)
     under_way = target.with_name(temporary) if temporary else _own_name(target)
     under_way.mkdir()  # outside of the try: what is there already is somebody else's and stays
@@ -99,6 +100,7 @@ def whole(out: Path) -> Iterator[Path]:
     meanwhile. Errors: OSError.
     """
     under_way = _own_name(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield under_way
         if under_way.is_dir():
@@ -120,8 +122,9 @@ def check_new(out: Path) -> None:
     """Raise UserError where the converter's --out exists, or can't be made."""
     if os.path.lexists(out):
         raise errors.UserError(f"--out ({out}) exists and is not overwritten")
-    if not out.absolute().parent.is_dir():
-        raise errors.UserError(f"--out ({out}) must lie in an existing directory")
+    above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise errors.UserError(f"--out ({out}) must lie in a directory: {above} is none")
 
 
 def _own_name(target: Path) -> Path:

@@ -139,7 +139,7 @@ def _names(count: int, classifier: str, names_file: Path | None, found: _Source)
     names = found.beside.class_names()
     if names and len(names) != count:
         path = found.beside.where / "config.json"
-        raise errors.UserError(f"{path}: id2label has {len(names)} names, the classifier {count} classes")
+        raise errors.UserError(f"{path} has {len(names)} labels, the classifier {count} classes")
     if count == _IMAGENET and (not names or _are_imagenet_s(names)):
         return _imagenet()
     return names or tuple(f"class {index}" for index in range(count))

@@ -33,7 +33,7 @@ class Settings:
       norm_epsilon: of the layer normalisations.
       mean, std: of pixels in [0, 1], three each.
       crop_ratio: as eval.crop_ratio.
-      labels: Hugging Face's id2label, unchecked: a classifier that is dropped needs none.
+      labels: {index: name}, Hugging Face's id2label, unchecked: a classifier that is dropped needs none.
     """
 
     where: Path
@@ -53,14 +53,14 @@ class Settings:
         path = self.where / _CONFIG
         names = _by_index(self.labels)
         if names is None:
-            raise errors.UserError(f"{path}: id2label must give a name to each of the indices 0 to classes - 1")
+            raise errors.UserError(f"{path}: the labels must be a name for each of the indices 0 to classes - 1")
         if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
             return ()
         times = collections.Counter(names)
         numbered = tuple(f"{name} ({i})" if times[name] > 1 else name for i, name in enumerate(names))
         if len(set(numbered)) != len(numbered):
             again = sorted(name for name, count in collections.Counter(numbered).items() if count > 1)
-            raise errors.UserError(f"{path}: id2label has {again[0]!r} twice")
+            raise errors.UserError(f"{path}: the labels have {again[0]!r} twice")
         return numbered
 
 
@@ -143,7 +143,10 @@ def _timm(where: Path, shape: Shape) -> Settings:
     found = {name: _three(path, name, fields[name], least) for name, least in _LEAST.items() if name in fields}
     if fields.get("crop_pct") is not None:
         found["crop_ratio"] = _ratio(path, "crop_pct", fields["crop_pct"])
-    return Settings(where, **found)
+        if (fields["crop_pct"], fields.get("crop_mode")) == (1, "squash"):
+            found["crop_ratio"] = 0.0  # resized to the square, whatever the picture's sides
+    names = content.get("label_names", fields.get("label_names", fields.get("labels")))
+    return Settings(where, labels=dict(enumerate(names)) if isinstance(names, list) else names, **found)
 
 
 _LEAST = {"mean": -math.inf, "std": 0.0}

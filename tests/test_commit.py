@@ -117,9 +117,19 @@ def test_the_manifest_says_where_tensors_come_from_and_carries_its_own_digest(tm
     assert content["manifest_sha256"] == checkpoint.manifest_sha256(content)
 
 
-def test_an_out_that_exists_or_has_no_parent_is_refused(tmp_path):
+def test_directories_above_are_made(tmp_path):
+    commit.check_new(tmp_path / "new" / "weights" / "ours")
+    write(tmp_path / "new" / "weights" / "ours")
+    assert (tmp_path / "new" / "weights" / "ours" / checkpoint.MANIFEST).is_file()
+    with commit.whole(tmp_path / "other" / "file") as under_way:
+        under_way.write_text("ours")
+    assert (tmp_path / "other" / "file").read_text() == "ours"
+
+
+def test_an_out_that_exists_or_lies_below_a_file_is_refused(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").write_text("theirs")
     with pytest.raises(errors.UserError, match="exists and is not overwritten"):
         commit.check_new(tmp_path / "dangling")
-    with pytest.raises(errors.UserError, match="must lie in an existing directory"):
-        commit.check_new(tmp_path / "no" / "x")
+    with pytest.raises(errors.UserError, match=r"must lie in a directory: .*/file is none"):
+        commit.check_new(tmp_path / "file" / "no" / "x")

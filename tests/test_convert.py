@@ -100,13 +100,13 @@ def test_one_classifier_of_a_distilled_network_of_transformers_becomes_the_class
 
 def test_export_takes_the_averages_where_it_is_told(tmp_path):
     ckpt = family.checkpoint(tmp_path / "ours", VARIANT, ema=True)
-    export_weights.export(ckpt, tmp_path / "raw.safetensors", layout="timm")
-    export_weights.export(ckpt, tmp_path / "ema.safetensors", layout="timm", weights="ema")
-    raw, ema = (safetensors.numpy.load_file(tmp_path / f"{name}.safetensors") for name in ("raw", "ema"))
+    export_weights.export(ckpt, tmp_path / "raw", layout="timm")
+    export_weights.export(ckpt, tmp_path / "ema", layout="timm", weights="ema")
+    raw, ema = (safetensors.numpy.load_file(tmp_path / name / "model.safetensors") for name in ("raw", "ema"))
     np.testing.assert_allclose(ema["blocks.1.attn.qkv.weight"], raw["blocks.1.attn.qkv.weight"] / 2, rtol=1e-6)
     with pytest.raises(errors.UserError, match=r"has no averages \(EMA\)"):
         export_weights.export(
-            family.checkpoint(tmp_path / "plain", VARIANT), tmp_path / "x.safetensors", layout="timm", weights="ema"
+            family.checkpoint(tmp_path / "plain", VARIANT), tmp_path / "x", layout="timm", weights="ema"
         )
 
 
@@ -168,8 +168,8 @@ def test_bad_input_is_refused_by_the_tensor_s_name_and_nothing_is_left(file, tmp
         (["--from=README.md", "--out=x"], "--variant must name the network"),
         (["--from=README.md", "--variant=deit_tiny_patch16_224", "--out=README.md"], "exists and is not overwritten"),
         (
-            ["--from=README.md", "--variant=deit_tiny_patch16_224", "--out=no/such/dir"],
-            "must lie in an existing directory",
+            ["--from=README.md", "--variant=deit_tiny_patch16_224", "--out=README.md/dir"],
+            "--out (README.md/dir) must lie in a directory",
         ),
     ],
 )
@@ -190,7 +190,7 @@ def test_without_torch_a_pickle_is_answered_by_how_to_write_safetensors(tmp_path
 def test_a_network_that_no_one_else_has_is_not_exported(tmp_path):
     ckpt = family.checkpoint(tmp_path / "ours", "keras_example", size=32)
     with pytest.raises(errors.UserError, match=r"model.variant \(keras_example\) must be a DeiT"):
-        export_weights.export(ckpt, tmp_path / "x.safetensors", layout="timm")
+        export_weights.export(ckpt, tmp_path / "x", layout="timm")
 
 
 def test_a_grid_of_another_size_is_resized_only_where_the_size_is_asked_for(tmp_path):
@@ -278,7 +278,7 @@ def test_a_checkpoint_s_files_are_hashed_once(tmp_path, monkeypatch):
     assert sorted(hashed) == ["config.json", "tensors.safetensors"]
     assert opened.path == opened.run == ckpt
     del hashed[:]
-    export_weights.export(ckpt, tmp_path / "x.safetensors", layout="timm")
+    export_weights.export(ckpt, tmp_path / "x", layout="timm")
     assert sorted(hashed) == ["config.json", "tensors.safetensors"]
 
 

@@ -91,7 +91,7 @@ def test_names_that_come_again_are_numbered_and_a_wrong_number_of_them_is_the_fi
     convert.load(theirs, tmp_path / "ours", variant=VARIANT)
     assert saved.config_of(tmp_path / "ours").resolved.classes == ("crane (0)", "dog", "crane (2)")
     theirs = beside(tmp_path / "other", {"0": "crane", "1": "dog"}, 3)
-    with pytest.raises(errors.UserError, match=r"other/config.json: id2label has 2 names, the classifier 3 classes"):
+    with pytest.raises(errors.UserError, match=r"other/config.json has 2 labels, the classifier 3 classes"):
         convert.load(theirs, tmp_path / "x", variant=VARIANT)
     names = tmp_path / "names.txt"
     names.write_text("a\nb\nc\n")

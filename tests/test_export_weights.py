@@ -21,7 +21,7 @@ PLAIN, DISTILLED, DEIT3 = "deit_micro_patch8_32", "deit_micro_distilled_patch8_3
 
 def export(ckpt, tmp_path, layout, **options):
     """Return (what was written, the printed Python)."""
-    out = tmp_path / ("theirs" if layout == "huggingface" else "theirs.safetensors")
+    out = tmp_path / ("theirs.safetensors" if layout == "facebook" else "theirs")
     line = export_weights.export(ckpt, out, layout=layout, **options)
     assert line.startswith(f"{out}: ")
     return out, line.removeprefix(f"{out}: ")
@@ -65,7 +65,8 @@ def opened(line, tmp_path):
 def test_the_line_opens_the_file_with_the_same_logits(tmp_path, variant, layout, fields):
     ckpt = family.checkpoint(tmp_path / "ours", variant, **{"size": 32, **fields})
     _, line = export(ckpt, tmp_path, layout)
-    assert variant in line or "_micro_" in variant or layout == "huggingface"
+    if layout == "facebook":
+        assert variant in line or "_micro_" in variant
     ours = saved.open_network(ckpt).network
     images = peers.pictures(2, ours.image_size)
     logits = peers._huggingface_logits if layout == "huggingface" else peers.timm_logits
@@ -107,9 +108,17 @@ def test_what_the_other_code_base_has_not_is_refused_and_nothing_is_left(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-def test_a_wrong_suffix_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(errors.UserError, match=r"--out \(.*theirs.pth\) must end in .safetensors"):
-        export_weights.export(tmp_path / "absent", tmp_path / "theirs.pth", layout="timm")
+@pytest.mark.parametrize(
+    "name, layout, rule",
+    [
+        ("theirs.pth", "facebook", "end in .safetensors"),
+        ("theirs.safetensors", "timm", "be a directory, which timm opens as a whole"),
+        ("theirs.safetensors", "huggingface", "be a directory, which huggingface opens as a whole"),
+    ],
+)
+def test_a_wrong_suffix_is_refused_before_anything_is_read(tmp_path, name, layout, rule):
+    with pytest.raises(errors.UserError, match=rf"--out \(.*{name}\) must {rule}"):
+        export_weights.export(tmp_path / "absent", tmp_path / name, layout=layout)
 
 
 def test_files_of_somebody_else_beside_the_export_survive(tmp_path):
@@ -117,7 +126,7 @@ def test_files_of_somebody_else_beside_the_export_survive(tmp_path):
     (tmp_path / "tmp-theirs.safetensors").write_text("mine")
     (tmp_path / "tmp-theirs").mkdir()
     (tmp_path / "tmp-theirs" / "x").write_text("mine")
-    for layout in ("timm", "huggingface"):
+    for layout in ("facebook", "huggingface"):
         export(ckpt, tmp_path, layout)
     assert (tmp_path / "tmp-theirs.safetensors").read_text() == (tmp_path / "tmp-theirs" / "x").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 5
@@ -129,10 +138,44 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
 
     ckpt = family.checkpoint(tmp_path / "ours", PLAIN)
     monkeypatch.setattr("deit.weights_file.write", full)
-    for layout in ("timm", "huggingface"):
+    for layout in ("timm", "facebook", "huggingface"):
         with pytest.raises(errors.UserError, match=r"--out .* can't be written: No space left on device"):
             export(ckpt, tmp_path, layout)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@needs_peers
+@pytest.mark.parametrize("crop", [0.875, 0.0])
+def test_timm_s_directory_says_what_timm_makes_of_a_picture_and_what_the_classes_are_called(tmp_path, crop):
+    fields = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "crop_ratio": crop, "classes": ("rose", "tulip")}
+    _, line = export(family.checkpoint(tmp_path / "ours", DISTILLED, size=64, **fields), tmp_path, "timm")
+    model = opened(line, tmp_path)
+    import timm as library
+
+    found = library.data.resolve_model_data_config(model)
+    assert found == {
+        "input_size": (3, 64, 64), "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "crop_pct": crop or 1.0,
+        "interpolation": "bicubic" if crop else "bilinear", "crop_mode": "center" if crop else "squash",
+    }  # fmt: skip
+    assert model.pretrained_cfg["label_names"] == ["rose", "tulip"] and model.num_classes == 2
+    library.data.create_transform(**found)
+
+
+@pytest.mark.parametrize("layout", ["timm", "huggingface"])
+@pytest.mark.parametrize("crop", [0.875, 1.0, 0.0])
+def test_a_network_that_goes_out_and_comes_back_is_the_same_for_pictures_too(tmp_path, layout, crop):
+    fields = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "crop_ratio": crop, "classes": ("rose", "tulip")}
+    ckpt = family.checkpoint(tmp_path / "ours", DISTILLED, **fields)
+    out, _ = export(ckpt, tmp_path, layout)
+    convert.load(out, tmp_path / "again", variant=DISTILLED)
+    before, after = saved.config_of(ckpt), saved.config_of(tmp_path / "again")
+    for name in ("mean", "std", "norm_epsilon", "patch", "registers", "heads", "variant"):
+        assert after.model[name] == before.model[name]
+    assert int(32 / (after.eval.crop_ratio or 1)) == int(32 / (crop or 1)) and bool(after.eval.crop_ratio) == bool(crop)
+    assert tuple(after.resolved.classes) == ("rose", "tulip")
+    tensors = [safetensors.numpy.load_file(path / "tensors.safetensors") for path in (ckpt, tmp_path / "again")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(tensors[0][name].tobytes() == tensors[1][name].tobytes() for name in tensors[0])
 
 
 def test_config_json_says_how_the_network_is_built(tmp_path):
@@ -159,11 +202,13 @@ def test_preprocessor_config_json_says_what_a_picture_is_made_into(tmp_path, cro
     assert content["do_rescale"] is content["do_normalize"] is True and content["rescale_factor"] == 1 / 255
 
 
-@pytest.mark.parametrize("layout", ["timm", "facebook"])
-def test_pixels_that_are_not_normalised_as_imagenet_s_are_a_warning(tmp_path, caplog, layout):
+def test_pixels_that_are_not_normalised_as_imagenet_s_are_a_warning_where_a_file_can_t_say_it(tmp_path, caplog):
     caplog.set_level(python_logging.WARNING)
-    export(family.checkpoint(tmp_path / "usual", PLAIN), tmp_path, layout)
+    export(family.checkpoint(tmp_path / "usual", PLAIN), tmp_path, "facebook")
     assert caplog.text == ""
     (tmp_path / "theirs.safetensors").unlink()
-    export(family.checkpoint(tmp_path / "other", PLAIN, mean=(0.5,) * 3, std=(0.5,) * 3), tmp_path, layout)
+    other = family.checkpoint(tmp_path / "other", PLAIN, mean=(0.5,) * 3, std=(0.5,) * 3)
+    export(other, tmp_path, "timm")
+    assert caplog.text == ""
+    export(other, tmp_path, "facebook")
     assert "trained with mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5)" in caplog.text

@@ -126,6 +126,26 @@ def test_a_config_of_timm_that_can_t_be_followed_is_named(tmp_path, content, mes
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        {"architecture": "x", "label_names": ["rose", "tulip"], "pretrained_cfg": {}},
+        {"architecture": "x", "pretrained_cfg": {"label_names": ["rose", "tulip"]}},
+        {"architecture": "x", "labels": ["rose", "tulip"]},
+    ],
+)
+def test_names_of_classes_are_read_where_timm_keeps_them(tmp_path, content):
+    assert read(tmp_path, layout="timm", config=content).class_names() == ("rose", "tulip")
+
+
+@pytest.mark.parametrize(
+    "fields, crop", [({}, 0.0), ({"crop_pct": 0.9}, 0.9), ({"crop_mode": "center"}, 1.0), ({"crop_mode": None}, 1.0)]
+)
+def test_a_picture_that_timm_squashes_into_the_square_has_no_crop(tmp_path, fields, crop):
+    content = {"pretrained_cfg": {"crop_pct": 1.0, "crop_mode": "squash", **fields}}
+    assert read(tmp_path, layout="timm", config=content).crop_ratio == crop
+
+
+@pytest.mark.parametrize(
     "labels, names",
     [
         ({"0": "LABEL_0", "1": "LABEL_1"}, ()),
@@ -143,11 +163,11 @@ def test_names_are_in_the_order_of_the_logits_and_those_that_come_again_are_numb
     [["a", "b"], {"0": "a", "2": "b"}, {"x": "a"}, {"0": 3}, {"0": ""}, {"0": "a", "00": "b"}, "ab", 3],
 )
 def test_names_that_are_no_list_of_all_classes_are_refused(tmp_path, labels):
-    with pytest.raises(errors.UserError, match=r"config.json: id2label must give a name to each"):
+    with pytest.raises(errors.UserError, match=r"config.json: the labels must be a name for each"):
         read(tmp_path, config={"id2label": labels}).class_names()
 
 
 def test_a_number_that_makes_another_name_is_refused(tmp_path):
     labels = {"0": "crane", "1": "crane", "2": "crane (0)"}
-    with pytest.raises(errors.UserError, match=r"id2label has 'crane \(0\)' twice"):
+    with pytest.raises(errors.UserError, match=r"the labels have 'crane \(0\)' twice"):
         read(tmp_path, config={"id2label": labels}).class_names()

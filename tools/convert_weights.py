@@ -4,8 +4,9 @@ python tools/convert_weights.py --from=FILE --variant=NAME --out=DIR [--classifi
 python tools/convert_weights.py --from=RUN|CHECKPOINT --to=timm|facebook|huggingface --out=FILE|DIR
 
 FILE is .safetensors, a directory with model.safetensors, or .pth where torch is installed. The checkpoint is what
-tools/eval.py --ckpt, tools/predict.py --ckpt and --config.init_from read. To timm or facebook: a .safetensors file;
-to huggingface: a directory that from_pretrained reads. Nothing that exists is overwritten.
+tools/eval.py --ckpt, tools/predict.py --ckpt and --config.init_from read. To timm and huggingface: a directory that
+create_model("local-dir:DIR", pretrained=True) and from_pretrained open, with the names of the classes, mean, std and
+crop; to facebook: a .safetensors file. Nothing that exists is overwritten.
 """
 
 import sys

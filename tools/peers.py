@@ -176,7 +176,7 @@ def _comes_back(case: Case, scratch: Path, file: Path) -> bool:
     """Return whether their file and what we export again hold the same tensors bit for bit."""
     import safetensors.numpy
 
-    out = scratch / ("again" if case.source == "huggingface" else "again.safetensors")
+    out = scratch / ("again.safetensors" if case.source == "facebook" else "again")
     export_weights.export(scratch / "ours", out, layout=case.source)
     back = safetensors.numpy.load_file(out / "model.safetensors" if out.is_dir() else out)
     if file.suffix == ".pth":
