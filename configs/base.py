@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     # all (a distilled variant's two) | cls (its distillation token has no head: only the class token answers)
     c.model.heads = "all"
     c.model.seed = 0  # drives initial weights and drop-path
-    c.model.norm_epsilon = 1e-6  # of the layer normalisations; networks of Hugging Face have 1e-12
+    c.model.norm_epsilon = 1e-6  # of the layer normalisations, above 0; networks of Hugging Face have 1e-12
     c.model.drop_path = 0.1  # rate of the last block, linear over depth (DeiT), or of all (DeiT-III); 0 <= . < 1
     c.model.mean = (0.485, 0.456, 0.406)  # input is (x / 255 - mean) / std; ImageNet's
     c.model.std = (0.229, 0.224, 0.225)
@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     c.optim.epsilon = 1e-8
     c.optim.amsgrad = False
     c.optim.clip_norm = 0.0  # global norm of the gradients; 0 = off
-    c.optim.layer_decay = 1.0  # the step of a layer is this times that of the layer above (fine-tuning: .65 to .9)
+    c.optim.layer_decay = 1.0  # 0 < . <= 1: a layer's step is this times that of the one above (fine-tuning: .65 to .9)
     # "" = everything | attention (attention, heads, position embedding; arXiv:2203.09795) | heads (linear probing)
     c.optim.train_only = ""
     c.optim.ema_decay = 0.999  # at update t: min(ema_decay, (1 + t) / (10 + t)); 0 = no EMA

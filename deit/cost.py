@@ -1,7 +1,7 @@
 """What one image costs in a network: floating-point operations and bytes of activations, counted on its forward graph.
 
 Promises: numbers come from the graph, not from tables; functions inside functions are counted; nothing is computed.
-Where a graph leaves sizes open, the count is nan.
+Where a graph leaves open what it does (sizes, branches, loops), the count is nan.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ import tensorflow as tf
 
 _NO_BYTES = ("ReadVariableOp", "Const", "Placeholder", "Reshape", "Identity", "NoOp", "Shape", "ExpandDims")
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+# Control flow, whose branches and turns the graph leaves open, and products that no network here has.
+_UNCOUNTED = ("While", "If", "Case", "Conv", "BatchMatMul", "SparseMatMul", "CuDNN")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ def _flops(op: tf.Operation) -> float:
     if op.type == "Einsum":
         return _einsum_flops(op)
     if op.type not in ("MatMul", "BatchMatMulV2", "Conv2D", "DepthwiseConv2dNative"):
-        return 0.0
+        return math.nan if op.type.removeprefix("Stateless").startswith(_UNCOUNTED) else 0.0
     left, right, out = map(_sides, (*op.inputs, op.outputs[0]))
     if op.type == "MatMul":
         inner = left[0] if op.get_attr("transpose_a") else left[1]

@@ -147,12 +147,16 @@ def check_versions(before: dict[str, str], now: dict[str, str], workdir: Path) -
         )
 
 
-def versions(teacher) -> dict[str, str]:
-    """Return what a checkpoint's manifest says about the software that wrote it and the teacher that taught it."""
+def versions(teacher, *, start: str = "") -> dict[str, str]:
+    """Return what a checkpoint's manifest says about the software that wrote it, its teacher, and where it started.
+
+    `start`: digest of the checkpoint that `init_from` was.
+    """
     return {
         "deit": deit.__version__,
         "tensorflow": tf.__version__,
         "python": platform.python_version(),
         "stream": str(stream.VERSION),
         "teacher": teacher.identity if teacher is not None else "",
+        "start": start,
     }

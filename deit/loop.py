@@ -8,6 +8,7 @@ found, stop after the same update, and only the chief writes.
 import contextlib
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import tensorflow as tf
@@ -59,28 +60,34 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
         )
         build = functools.partial(
             factory.build,
-            config.model,
+            warm_start.before(config),
             num_classes=len(config.resolved.classes),
             image_size=config.data.image_size,
             precision=config.precision,
             load_weights=newest is None,  # a checkpoint has them
         )
-        if place.count > 1 and newest is None and config.model.variant == "backbone":
+        if place.count > 1 and newest is None and config.model.variant == "backbone" and not config.init_from:
             build()  # for its download: two at once would write one file
     with strategy.scope():
         network = build()
-        started = warm_start.load(config, network) if newest is None else ""
+        started = warm_start.load(config, network) if newest is None else None
         state = train_step.create_state(config, network)
-        versions = job.versions(teacher)
+        versions = job.versions(teacher, start=started.identity if started is not None else "")
         if newest is not None:
             tensors, manifest = checkpoint.read(newest)
             job.check_versions(manifest["versions"], versions, workdir)
+            versions["start"] = manifest["versions"].get("start", "")
             train_step.restore(state, tensors)
     workers.agree(strategy, versions["teacher"], "the teacher that they find")
     step = int(state.step.numpy())
     if place.chief:
-        taught_by = teacher.describe() if teacher is not None else "none"
-        planned = plan.describe(config, network=network, teacher=taught_by, start=started)
+        planned = plan.describe(
+            config,
+            network=network,
+            teacher=teacher.describe() if teacher is not None else "none",
+            teacher_flops=teacher.flops() if teacher is not None else math.nan,
+            start=started.said if started is not None else "",
+        )
         logging.info("plan of %s\n%s", workdir, planned)
 
     # --- Data, from this update on ------------------------------------------------------------------------

@@ -62,10 +62,15 @@ class Lamb(_Scheduled, addons.LAMB):
     """Adam whose step has the norm of its variable (arXiv:1904.00962, algorithm 2); decay is part of that step.
 
     A variable that does not decay is not adapted either, as in NVIDIA's FusedLAMB, which DeiT-III was trained with.
+
+    Attributes:
+      decays: whether there is a decay at all; without, nothing is adapted and this is Adam.
     """
 
+    decays: bool = True
+
     def _do_layer_adaptation(self, variable: tf.Variable) -> bool:
-        return self._do_use_weight_decay(variable)
+        return self.decays and self._do_use_weight_decay(variable)
 
 
 def build(config, step: tf.Variable) -> AdamW | Lamb:
@@ -98,7 +103,7 @@ def _adamw(config, step: tf.Variable, rate_at: schedules.Schedule) -> AdamW:
 
 def _lamb(config, step: tf.Variable, rate_at: schedules.Schedule) -> Lamb:
     optim = config.optim
-    return Lamb(
+    optimizer = Lamb(
         learning_rate_at=rate_at,
         step=step,
         weight_decay=optim.weight_decay,
@@ -106,6 +111,8 @@ def _lamb(config, step: tf.Variable, rate_at: schedules.Schedule) -> Lamb:
         beta_2=optim.beta_2,
         epsilon=optim.epsilon,
     )
+    optimizer.decays = optim.weight_decay > 0
+    return optimizer
 
 
 def create_slots(optimizer: AdamW | Lamb, variables: Sequence[tf.Variable]) -> None:

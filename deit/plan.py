@@ -34,22 +34,21 @@ def describe(
     """
     r, o = config.resolved, config.optim
     spent = cost.of(network.logits, network.image_size)
-    count = sum(int(np.prod(v.shape)) for _, v in paths.variables(network.model))
-    copies = 3 + bool(o.ema_decay) + o.amsgrad  # weights, two moments (Adam's, LAMB's)
-    disk = 4 * count * copies
+    sizes = {path: int(np.prod(variable.shape)) for path, variable in paths.variables(network.model)}
+    count, trained = sum(sizes.values()), sum(n for path, n in sizes.items() if paths.trains(path, o.train_only))
+    copies = 2 + bool(o.ema_decay) + o.amsgrad  # two moments (Adam's, LAMB's), of what is trained
+    disk = 4 * (count + trained * copies)
     memory = (
         _BASE_MEMORY
-        + 4 * count * (copies + 3)  # gradients of a micro-batch, their sum, the snapshot being written
+        + 4 * (2 * count + trained * (copies + 2))  # gradients of a micro-batch, their sum; the snapshot being written
         + spent.activation_bytes * config.micro_batch * _ACTIVATION_FACTOR
         + 3 * config.data.image_size**2 * config.global_batch * 4  # uint8 batches in flight
     )
-    coupled = "x lr (PyTorch, DeiT paper)" if o.decay_coupled else "per update, not x lr (tensorflow-addons)"
-    excluded = "1-D tensors, biases, position embedding and tokens excluded" if o.decay_exclude else "on everything"
     rows = {
         "data": f"{config.data.name}  {r.train_size:,} train ({config.data.train_split}), "
         f"{r.eval_size:,} evaluation ({config.data.eval_split}), {len(r.classes)} classes{note}",
         "augmentation": _augmentation(config.augment),
-        "student": f"{config.model.variant}  {count:,} parameters, {spent.flops / 1e9:.2f} GFLOPs an image forward",
+        "student": f"{_student(config)}  {count:,} parameters, {spent.flops / 1e9:.2f} GFLOPs an image forward",
         "weights from": start,
         "teacher": teacher,
         "answers": _answers(config),
@@ -58,8 +57,10 @@ def describe(
         f"{config.global_batch} global_batch",
         "updates": f"{r.total_updates:,} ({r.total_updates * config.global_batch / r.train_size:.2f} epochs), "
         f"{r.warmup_updates:,} of them warm-up",
+        "loss": _loss(config),
         "learning rate": f"{o.name}, peak {r.peak_lr:.4g} after scaling, {o.schedule}{_layers(o)}",
-        "weight decay": f"{o.weight_decay:g} {coupled}; {excluded}",
+        "trained": f"{o.train_only} alone, {trained:,} parameters" if o.train_only else "",
+        "weight decay": _decay(o),
         "precision": config.precision,
         "compute": _compute(spent.flops, teacher_flops, config),
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
@@ -88,7 +89,8 @@ def _peak(precision: str) -> float:
 
 def _compute(forward: float, teacher: float, config) -> str:
     """Return what the updates cost: the student's, and the teacher's where it is asked during the run."""
-    student, unknown = 3.0 * forward, ""
+    # A pass backward costs two forward, for attention alone a little less; heads alone need none through the trunk.
+    student, unknown = forward * (1.0 if config.optim.train_only == "heads" else 3.0), ""
     asked = config.distill.kind != "none" and config.teacher.cache != "read"
     if not asked or math.isnan(teacher):
         teacher, unknown = 0.0, "; the teacher's answers are not counted" if asked else ""
@@ -115,9 +117,41 @@ def size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def _student(config) -> str:
+    """Return the network's name, and what its name does not say."""
+    model, side, shape = config.model, config.data.image_size, factory.shape_of(config.model)
+    left = side % shape.patch if shape is not None else 0
+    parts = [
+        f"patch {model.patch}" if model.patch else "",
+        f"{model.registers} register tokens" if model.registers else "",
+        "class head only" if model.heads == "cls" else "",
+        f"the last {left} px at the right and at the bottom are not seen" if left else "",
+    ]
+    return ", ".join(filter(None, (f"{model.variant} at {side} px", *parts)))
+
+
+def _loss(config) -> str:
+    parts = [
+        "binary cross-entropy" if config.loss.kind == "bce" else "cross-entropy",
+        f"smoothing {config.loss.smoothing:g}" if config.loss.smoothing else "",
+        f"drop-path {config.model.drop_path:g}" if config.model.drop_path else "",
+        f"gradients clipped to a norm of {config.optim.clip_norm:g}" if config.optim.clip_norm else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _decay(o) -> str:
+    """Return weight decay and whom it spares."""
+    rule = "x lr (PyTorch, DeiT paper)" if o.decay_coupled else "per update, not x lr (tensorflow-addons)"
+    spared = "1-D tensors, biases, position embedding and tokens excluded" if o.decay_exclude else "on everything"
+    if o.name == "lamb":
+        rule = "inside the step, before that takes the norm of its variable"
+        spared += ", and their steps keep their norm" if o.decay_exclude else ""
+    return f"{o.weight_decay:g} {rule}; {spared}"
+
+
 def _layers(o) -> str:
-    decay = f"; a layer's step is {o.layer_decay:g} of that of the one above" if o.layer_decay != 1 else ""
-    return decay + (f"; only {o.train_only} trained" if o.train_only else "")
+    return f"; a layer's step is {o.layer_decay:g} of that of the one above" if o.layer_decay != 1 else ""
 
 
 def _augmentation(a) -> str:

@@ -35,11 +35,18 @@ def _optimizer_fits(config) -> str | None:
         return "optim.amsgrad (True) must be False where optim.name is 'lamb'"
     if optim.name == "lamb" and not optim.decay_coupled:
         return "optim.decay_coupled (False) must be True where optim.name is 'lamb': its decay is part of its step"
-    if not transformer and (optim.layer_decay != 1 or optim.train_only == "attention"):
-        return (
-            f"optim.layer_decay ({optim.layer_decay}) and optim.train_only ({optim.train_only!r}) want a transformer: "
-            f"model.variant is {config.model.variant!r}"
-        )
+    if not transformer and optim.layer_decay != 1:
+        return f"optim.layer_decay ({optim.layer_decay}) must be 1 where model.variant is {config.model.variant!r}"
+    if not transformer and optim.train_only == "attention":
+        return f"optim.train_only ('attention') must be '' or 'heads' where model.variant is {config.model.variant!r}"
+    return None
+
+
+def _start_fits(config) -> str | None:
+    if workdir.is_url(config.init_from):
+        return f"init_from ({config.init_from!r}) must be a path of a mounted file system, not a URL"
+    if config.init_weights != "raw" and not config.init_from:
+        return f"init_weights ({config.init_weights!r}) must be 'raw' where init_from is ''"
     return None
 
 
@@ -96,6 +103,7 @@ _RELATIONS = (
     _heads_fit,
     _augmentations_fit,
     _optimizer_fits,
+    _start_fits,
     _teacher_fits,
     _cache_fits,
     _sha_is_hex,

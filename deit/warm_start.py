@@ -7,8 +7,9 @@ opened or a teacher trained. What is no tensor does not come over: where `model.
 the plan warns.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 
 from deit import checkpoint, errors, saved
 from deit import config as configuration
+from deit.data import sources
 from deit.models import factory, paths, positions, variants
 
 
@@ -28,12 +30,14 @@ class Start:
     Attributes:
       path: the checkpoint.
       names: own paths of the tensors that come over.
-      said: what becomes of heads and position embedding, for people.
+      said: the line on it: what becomes of heads and position embedding.
+      identity: sha256 of the checkpoint's tensors, once they were read.
     """
 
     path: Path
     names: tuple[str, ...]
     said: str
+    identity: str = ""
 
 
 def check(config: Any, classes: Sequence[str] | None) -> None:
@@ -60,17 +64,26 @@ def describe(config: Any, network: factory.Network, classes: Sequence[str] | Non
 
     `classes` as `check` has them. Errors: UserError.
     """
-    return _line(config, _fit(config, *_opened(config), network, classes)) if config.init_from else ""
+    return _fit(config, *_opened(config), network, classes).said if config.init_from else ""
 
 
-def load(config: Any, network: factory.Network) -> str:
-    """Give the student of a resolved configuration the weights of `init_from` and return the line on them.
+def before(config: Any) -> ConfigDict:
+    """Return `config.model` for a network that `load` fills: a backbone's own weights would be fetched in vain."""
+    model = ConfigDict(configuration.plain(config.model))
+    if config.init_from and model.variant == "backbone":
+        model.weights = "none"
+    return model
+
+
+def load(config: Any, network: factory.Network) -> Start | None:
+    """Give the student of a resolved configuration the weights of `init_from`, if there is one, and say what it was.
 
     Errors: UserError, with nothing assigned.
     """
     if not config.init_from:
-        return ""
-    source = saved.contents(config.init_from)
+        return None
+    with _named(config):
+        source = saved.contents(config.init_from)
     _check_variant(config, source.config)
     found = _fit(config, source.path, source.config, network, config.resolved.classes)
     tensors = saved.student(source.tensors, config.init_weights, found.path)
@@ -83,17 +96,25 @@ def load(config: Any, network: factory.Network) -> str:
             coming[paths.POSITIONS], slots=shape.slots, count=count, name=paths.POSITIONS
         )
     paths.assign(wanted, coming)
-    return _line(config, found)
+    return dataclasses.replace(found, identity=source.manifest["state_sha256"])
 
 
-def _line(config: Any, found: Start) -> str:
-    return f"{found.path} ({config.init_weights}); {found.said}"
+@contextlib.contextmanager
+def _named(config: Any) -> Iterator[None]:
+    """Name the field in what is wrong with the path; a file of weights is told how it becomes a checkpoint."""
+    try:
+        yield
+    except errors.UserError as error:
+        is_file = Path(config.init_from).is_file()
+        hint = ": tools/convert_weights.py makes a checkpoint of a file of weights" if is_file else ""
+        raise errors.UserError(f"init_from ({config.init_from}): {error}{hint}") from error
 
 
 def _opened(config: Any) -> tuple[Path, ConfigDict]:
     """Return the checkpoint of `init_from` and its configuration. Errors: UserError, also where the variants differ."""
-    path = checkpoint.locate(config.init_from)
-    source = saved.config_beside(path)
+    with _named(config):
+        path = checkpoint.locate(config.init_from)
+        source = saved.config_beside(path)
     _check_variant(config, source)
     return path, source
 
@@ -108,7 +129,8 @@ def _fit(config: Any, path: Path, source: ConfigDict, network: factory.Network, 
         said.append(_positions(forms, tf.TensorShape(ours[paths.POSITIONS].shape), shape.slots))
     _check_fit(config.init_from, forms, ours)
     said.append(_not_coming(config, source))
-    return Start(path, tuple(forms), "; ".join(filter(None, said)))
+    line = f"{path} ({config.init_weights}); {'; '.join(filter(None, said))}"
+    return Start(path, tuple(forms), line)
 
 
 def _forms(path: Path) -> dict[str, tf.TensorSpec]:
@@ -174,9 +196,12 @@ def _heads(forms: dict[str, Any], config: Any, source: ConfigDict, classes: Sequ
     if classes is None:
         return "heads: re-initialised unless the classes are the same"
     if not keep:
-        return f"heads re-initialised: {len(theirs)} classes ({_few(theirs)}) -> {len(classes)} ({_few(classes)})"
+        few = sources.few
+        return f"heads re-initialised: {len(theirs)} classes ({few(theirs)}) -> {len(classes)} ({few(classes)})"
     dropped = ", head_dist left out (model.heads is cls)" if len(keep) < len(had) else ""
-    return f"heads kept: the same {len(classes)} classes{dropped}"
+    shape = factory.shape_of(config.model)
+    added = ", head_dist initialised: it has none" if shape is not None and shape.two_heads and len(had) == 1 else ""
+    return f"heads kept: the same {len(classes)} classes{dropped}{added}"
 
 
 def _positions(forms: dict[str, Any], wanted: tf.TensorShape, slots: int) -> str:
@@ -194,8 +219,8 @@ def _positions(forms: dict[str, Any], wanted: tf.TensorShape, slots: int) -> str
 
 def _check_fit(init_from: str, forms: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise UserError for a tensor of the trunk that is missing, left over, or of another form."""
-    heads = any(map(paths.is_head, forms))  # all or none: half of them would be no classifier
-    kept = {path: variable for path, variable in ours.items() if heads or not paths.is_head(path)}
+    heads = {path.partition("/")[0] for path in forms if paths.is_head(path)}  # each whole or not at all
+    kept = {p: variable for p, variable in ours.items() if not paths.is_head(p) or p.partition("/")[0] in heads}
     problem = paths.misfit(list(kept.items()), forms)
     if problem:
         raise errors.UserError(f"init_from ({init_from}) does not fit model.variant: {problem}")
@@ -208,7 +233,3 @@ def _not_coming(config: Any, source: ConfigDict) -> str:
     differ = [f"model.{name} {theirs[name]} -> {ours[name]}" for name in fields if theirs[name] != ours[name]]
     kept = "the weights were trained with the first, which --config.FIELD=VALUE keeps"
     return f"warning: {', '.join(differ)}: {kept}" if differ else ""
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

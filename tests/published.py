@@ -94,7 +94,8 @@ DEIT3_FINER = {
     "optim.weight_decay": 0.1,
 }
 
-# facebookresearch/dino issue 81: CIFAR-10 with DeiT-B. The end of the cosine is ours.
+# facebookresearch/dino issue 81: CIFAR-10 with a base network; issue 144: CIFAR-100, at 5e-6. The end of the cosine is
+# ours.
 TRANSFER = {
     **DEIT,
     "epochs": 1000.0,
@@ -102,4 +103,24 @@ TRANSFER = {
     "optim.peak_lr": 7.5e-6,
     "optim.lr_batch": 0,
     "optim.final_lr": 1e-6,
+}
+
+# Parameters with 1000 classes, as timm 1.0.31 counts them; facebookresearch/deit's tables have the same in millions.
+PARAMETERS = {
+    "deit_tiny_patch16_224": 5_717_416,
+    "deit_tiny_distilled_patch16_224": 5_910_800,
+    "deit_small_patch16_224": 22_050_664,
+    "deit_small_distilled_patch16_224": 22_436_432,
+    "deit_base_patch16_224": 86_567_656,
+    "deit_base_distilled_patch16_224": 87_338_192,
+    "deit_base_patch16_384": 86_859_496,
+    "deit_base_distilled_patch16_384": 87_630_032,
+    "deit3_small_patch16_224": 22_059_496,
+    "deit3_small_patch16_384": 22_205_416,
+    "deit3_medium_patch16_224": 38_849_512,
+    "deit3_base_patch16_224": 86_585_320,
+    "deit3_base_patch16_384": 86_877_160,
+    "deit3_large_patch16_224": 304_374_760,
+    "deit3_large_patch16_384": 304_763_880,
+    "deit3_huge_patch14_224": 632_126_440,
 }

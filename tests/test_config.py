@@ -115,11 +115,13 @@ def test_a_cache_needs_a_directory_that_is_mounted_and_something_to_ask():
     [
         ({"optim.name": "lamb", "optim.amsgrad": True}, r"optim.amsgrad \(True\) must be False"),
         ({"optim.name": "lamb", "optim.decay_coupled": False}, r"optim.decay_coupled \(False\) must be True"),
-        ({"model.variant": "backbone", "optim.layer_decay": 0.7}, r"optim.layer_decay \(0.7\) .* want a transformer"),
-        ({"model.variant": "backbone", "optim.train_only": "attention"}, r"'attention'\) want a transformer"),
+        ({"model.variant": "backbone", "optim.layer_decay": 0.7}, r"optim.layer_decay \(0.7\) must be 1 where"),
+        ({"model.variant": "backbone", "optim.train_only": "attention"}, r"train_only \('attention'\) must be ''"),
+        ({"init_from": "gs://b/x"}, r"init_from \('gs://b/x'\) must be a path of a mounted file system"),
+        ({"init_weights": "ema"}, r"init_weights \('ema'\) must be 'raw' where init_from is ''"),
     ],
 )
-def test_settings_of_the_optimizer_that_do_not_go_together_are_refused(fields, message):
+def test_settings_of_optimizer_and_start_that_do_not_go_together_are_refused(fields, message):
     with pytest.raises(errors.UserError, match=message):
         rules.validate(changed(**fields))
 

@@ -145,7 +145,7 @@ def damaged(file, how):
         ("", {"variant": "deit_small_distilled_patch16_224"}, r"blocks.0.attn.proj.bias has shape \[64\], not \[384\]"),
         ("", {"variant": "deit_smal_patch16_224"}, r"nearest: deit_small_patch16_224"),
         ("", {"variant": "backbone"}, r"must be a DeiT or DeiT-III"),
-        ("", {"image_size": 33}, r"data.image_size \(33\) must be a multiple of .*patch \(8\)"),
+        ("", {"image_size": 7}, r"data.image_size \(7\) must be at least .*patch \(8\)"),
         ("", {"classifier": "replace"}, r"--class_names must be given"),
     ],
 )

@@ -40,6 +40,21 @@ def test_sizes_that_the_graph_leaves_open_are_no_number():
     assert math.isnan(counted(anywhere))
 
 
+def test_control_flow_and_unknown_products_are_no_number():
+    kernel = tf.zeros([3, 3, 3, 3])
+
+    def convolved(x):
+        return tf.nn.conv2d(x, kernel, 1, "SAME")
+
+    turns = tf.Variable(2)
+    assert math.isnan(
+        counted(lambda x: tf.while_loop(lambda i, y: i < turns, lambda i, y: (i + 1, convolved(y)), (0, x)))
+    )
+    assert math.isnan(counted(lambda x: tf.cond(turns > 1, lambda: convolved(x), lambda: x)))
+    assert math.isnan(counted(lambda x: tf.nn.conv3d(x[None], tf.zeros([1, 3, 3, 3, 3]), [1] * 5, "SAME")))
+    assert math.isnan(counted(lambda x: tf.nn.conv2d_transpose(x, kernel, [1, 32, 32, 3], 2)))
+
+
 @pytest.mark.parametrize(
     "name, multiply_adds",
     [("RegNetY004", 0.4e9), ("MobileNet", 569e6)],  # arXiv:2003.13678, table 3; arXiv:1704.04861, table 8

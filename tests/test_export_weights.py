@@ -49,6 +49,7 @@ def opened(line, tmp_path):
         (DISTILLED, "huggingface", {"norm_epsilon": 1e-3}),
         (DISTILLED, "huggingface", {"heads": "cls"}),
         (DEIT3, "timm", {"registers": 2}),
+        (DEIT3, "timm", {"size": 36}),  # of which 4 x 4 patches of 8 px see 32, as of huge's 160 px
         (DEIT3, "facebook", {"size": 64, "norm_epsilon": 1e-3}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)

@@ -276,8 +276,11 @@ def test_unknown_kind_of_data_names_the_kinds():
         sources.open_source(data_config("cifar"), "train")
 
 
-def test_the_names_of_the_classes_are_known_where_the_data_is_there(tmp_path):
+def test_the_names_of_the_classes_are_known_where_the_data_is_there_and_no_picture_is_listed_for_them(
+    tmp_path, monkeypatch
+):
     fill(tmp_path / "here")
+    monkeypatch.setattr("os.walk", lambda *_, **__: pytest.fail("listed"))
     assert sources.classes(data_config("digits:95")) == ("9", "5")
     assert sources.classes(data_config(f"folder:{tmp_path / 'here'}", train_split="all")) == ("a", "b")
     assert sources.classes(data_config(f"folder:{tmp_path / 'absent'}")) is None

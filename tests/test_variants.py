@@ -9,27 +9,9 @@ import pytest
 from configs import base
 from deit import errors
 from deit.models import deit, factory, paths, variants
+from tests.published import PARAMETERS
 from tools import peers
 
-# With 1000 classes, as timm 1.0.31 counts them; facebookresearch/deit's tables have the same in millions.
-PUBLISHED = {
-    "deit_tiny_patch16_224": 5_717_416,
-    "deit_tiny_distilled_patch16_224": 5_910_800,
-    "deit_small_patch16_224": 22_050_664,
-    "deit_small_distilled_patch16_224": 22_436_432,
-    "deit_base_patch16_224": 86_567_656,
-    "deit_base_distilled_patch16_224": 87_338_192,
-    "deit_base_patch16_384": 86_859_496,
-    "deit_base_distilled_patch16_384": 87_630_032,
-    "deit3_small_patch16_224": 22_059_496,
-    "deit3_small_patch16_384": 22_205_416,
-    "deit3_medium_patch16_224": 38_849_512,
-    "deit3_base_patch16_224": 86_585_320,
-    "deit3_base_patch16_384": 86_877_160,
-    "deit3_large_patch16_224": 304_374_760,
-    "deit3_large_patch16_384": 304_763_880,
-    "deit3_huge_patch14_224": 632_126_440,
-}
 # design of arXiv:2012.12877: trunk alone
 WITHOUT_HEADS = {
     "deit_tiny_distilled_patch16_224": 5_524_800,
@@ -89,10 +71,10 @@ def counts(variant):
     return total, total - sum(n for path, n in sizes.items() if path.startswith("head"))
 
 
-@pytest.mark.parametrize("variant", PUBLISHED)
+@pytest.mark.parametrize("variant", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(variant):
     total, trunk = counts(variant)
-    assert total == PUBLISHED[variant]
+    assert total == PARAMETERS[variant]
     assert trunk == WITHOUT_HEADS.get(variant, trunk)
 
 
@@ -103,7 +85,7 @@ def sizes(name):
 
 def test_there_are_these_variants_and_no_others_and_their_sizes_are_the_published_ones():
     assert {name: sizes(name) for name in variants.names()} == SIZES
-    assert {name for name in SIZES if "_micro_" not in name} == PUBLISHED.keys()
+    assert {name for name in SIZES if "_micro_" not in name} == PARAMETERS.keys()
 
 
 @pytest.mark.skipif(bool(peers.missing()), reason=f"{', '.join(peers.missing())} not installed: pip install '.[peers]'")
@@ -121,7 +103,7 @@ def test_every_published_name_is_timm_s_and_so_are_its_sizes():
         assert (*found, with_positions) == sizes(name), name
         assert sides[0] == variants.size_of(name) and block.norm1.eps == shape.norm_epsilon
         assert hasattr(block.ls1, "gamma") == bool(shape.layer_scale)
-        assert sum(value.numel() for value in model.parameters()) == PUBLISHED[name]
+        assert sum(value.numel() for value in model.parameters()) == PARAMETERS[name]
 
 
 def test_a_name_at_another_resolution_is_one_that_exists_or_none():
@@ -186,7 +168,7 @@ def test_a_distilled_network_may_answer_with_its_class_head_only():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"patch": 5}, r"data.image_size \(32\) must be a multiple of model.patch \(5\)"),
+        ({"patch": 33}, r"data.image_size \(32\) must be at least model.patch \(33\)"),
         ({"variant": "groupnorm_resnet", "registers": 1}, r"model.registers \(1\) is for DeiT's variants"),
         ({"variant": "keras_example", "heads": "cls"}, r"model.heads \(cls\) is for DeiT's variants"),
     ],
@@ -195,6 +177,28 @@ def test_what_does_not_go_together_is_refused(fields, message):
     config = model_config(**{"variant": "deit_micro_patch8_32", **fields})
     with pytest.raises(errors.UserError, match=message):
         factory.check(config, 32)
+
+
+def test_what_no_whole_patch_covers_at_the_right_and_the_bottom_is_not_seen():
+    c = base.get_config().model
+    c.variant = "deit_micro_patch8_32"
+    network = factory.build(c, num_classes=3, image_size=36, precision="float32")
+    inner = factory.build(c, num_classes=3, image_size=32, precision="float32")
+    images = np.random.default_rng(0).uniform(0, 255, [2, 36, 36, 3]).astype(np.float32)
+    expected = inner.logits(images[:, :32, :32])["cls"].numpy()
+    np.testing.assert_allclose(network.logits(images)["cls"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_that_is_only_counted_draws_no_initial_value(monkeypatch):
+    from deit import keras
+
+    monkeypatch.setattr(keras.initializers.TruncatedNormal, "__call__", lambda *_, **__: pytest.fail("drawn"))
+    c = base.get_config().model
+    c.variant = "deit_micro_patch8_32"
+    network = factory.build(c, num_classes=3, image_size=32, precision="float32", load_weights=False)
+    assert not any(v.numpy().any() for _, v in paths.variables(network.model))
+    with pytest.raises(BaseException, match="drawn"):
+        factory.build(c, num_classes=3, image_size=32, precision="float32")
 
 
 def test_layer_scale_and_positions_of_patches_alone_equal_their_formulas():

@@ -36,8 +36,8 @@ def load(config):
     """Return (what is said, values of a fresh network, values after the start)."""
     network = built(config)
     fresh = {path: variable.numpy() for path, variable in paths.variables(network.model)}
-    said = warm_start.load(config, network)
-    return said, fresh, {path: variable.numpy() for path, variable in paths.variables(network.model)}
+    start = warm_start.load(config, network)
+    return start.said, fresh, {path: variable.numpy() for path, variable in paths.variables(network.model)}
 
 
 def stored(path, group="student"):
@@ -119,7 +119,6 @@ def test_a_start_from_nothing_assigns_nothing():
         ({"variant": DEIT3}, {"variant": PLAIN}, r"layer_scale.*blocks/\*/ls1/gamma does not fit"),
         ({"registers": 2}, {}, r"with registers 2.*registers 0: tokens/reg_token does not fit"),
         ({"variant": "keras_example"}, {}, r"model.variant \(deit_m.*\) must be that of init_from \(keras_example\)"),
-        ({"heads": "cls"}, {}, r"missing head_dist/bias; missing head_dist/kernel"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_network_is_refused_by_the_tensor_s_name(tmp_path, source, ours, message):
@@ -129,9 +128,41 @@ def test_a_checkpoint_of_another_network_is_refused_by_the_tensor_s_name(tmp_pat
             call(resolved(ckpt, **ours))
 
 
-def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(errors.UserError, match="is no run, checkpoint or export"):
-        warm_start.check(resolved(tmp_path), None)
+def test_a_path_that_is_no_checkpoint_is_refused_and_a_file_of_weights_is_told_the_converter(tmp_path):
+    (tmp_path / "x.safetensors").write_text("x")
+    file = resolved(tmp_path / "x.safetensors")
+    for call in (lambda config: warm_start.check(config, None), load):
+        with pytest.raises(errors.UserError, match=r"init_from \(\S+\): \S+ is no run, .*in it$"):
+            call(resolved(tmp_path))
+        with pytest.raises(
+            errors.UserError, match=r"init_from \(\S+\): .*: tools/convert_weights.py makes a checkpoint"
+        ):
+            call(file)
+
+
+def test_a_network_of_one_head_starts_one_of_two_and_the_other_begins_anew(tmp_path):
+    ckpt = family.checkpoint(tmp_path / "ckpt", heads="cls")
+    config = resolved(ckpt)
+    warm_start.check(config, config.resolved.classes)
+    said, fresh, now = load(config)
+    assert said.endswith("heads kept: the same 3 classes, head_dist initialised: it has none")
+    np.testing.assert_array_equal(now["head/kernel"], stored(ckpt)["head/kernel"])
+    np.testing.assert_array_equal(now["head_dist/kernel"], fresh["head_dist/kernel"])
+    rewrite(ckpt, lambda tensors: tensors.pop("student/head/bias"))
+    with pytest.raises(errors.UserError, match="missing head/bias"):
+        load(config)
+
+
+def test_a_backbone_that_starts_from_a_checkpoint_needs_no_weights_of_its_own(tmp_path):
+    config = resolved(tmp_path, variant="backbone", weights="raw")
+    assert warm_start.before(config).weights == "none" and config.model.weights == "imagenet"
+    config = resolved("", variant="backbone")
+    assert warm_start.before(config).weights == "imagenet"
+
+
+def test_the_start_is_pinned_by_the_digest_of_its_tensors(tmp_path):
+    config = resolved(family.checkpoint(tmp_path / "ckpt"))
+    assert warm_start.load(config, built(config)).identity == checkpoint.manifest(tmp_path / "ckpt")["state_sha256"]
 
 
 @pytest.mark.parametrize("classes", [("a", "b", "c"), ("d", "e"), None])

@@ -52,12 +52,9 @@ class Files(encoded.Encoded):
 
 def open_source(data_config, split: str) -> Files:
     """List the images of a folder per class; nothing is read yet. Errors: UserError."""
-    name, keep = splits.parse(split)
+    _, keep = splits.parse(split)
     with _readable(data_config.name):
-        root = _root(data_config.name)
-        if not root.is_dir():
-            raise errors.UserError(f"data.name ({data_config.name}) must name a folder that exists")
-        inner = _split_folder(root, name, split)
+        root, inner = _where(data_config, split)
         top = os.path.join(root, inner)
         classes = _folders(top)
         lists = [images(root, os.path.join(inner, folder)) for folder in classes]
@@ -75,6 +72,12 @@ def open_source(data_config, split: str) -> Files:
 open_scan = open_source
 
 
+def classes(data_config) -> tuple[str, ...]:
+    """Return the folders of the training split; what is in them is not listed. Errors: UserError."""
+    with _readable(data_config.name):
+        return _folders(os.path.join(*_where(data_config, data_config.train_split)))
+
+
 def sizes(data_config) -> tuple[int, int, int] | None:
     """Return (train size, evaluation size, classes), or None where there is no such folder. Errors: UserError."""
     with _readable(data_config.name):
@@ -90,6 +93,14 @@ def split_names(data_config) -> tuple[str, ...]:
         root = _root(data_config.name)
         inner = _folders(root)
         return inner if "train" in inner and _folders(root / "train") else WHOLE[:1]
+
+
+def _where(data_config, split: str) -> tuple[Path, str]:
+    """Return the folder of the data and in it that of the split, "" for the whole. Errors: OSError, UserError."""
+    root = _root(data_config.name)
+    if not root.is_dir():
+        raise errors.UserError(f"data.name ({data_config.name}) must name a folder that exists")
+    return root, _split_folder(root, splits.parse(split)[0], split)
 
 
 def _split_folder(root: Path, name: str, split: str) -> str:

@@ -55,7 +55,7 @@ def sizes(data_config) -> tuple[int, int, int] | None:
 def classes(data_config) -> tuple[str, ...] | None:
     """Return the names of the classes without a download; None where the data is absent or can't be opened."""
     try:
-        return tuple(open_scan(data_config, data_config.train_split).classes)
+        return _kind(data_config.name).classes(data_config)
     except errors.UserError:  # `open_source` says why
         return None
 
@@ -94,7 +94,7 @@ class _Digits:
         parts = {"train": order[:held_out], "test": order[held_out:]}
         if name not in parts:
             raise splits.unknown(split, sorted(parts))
-        classes = data_config.name.partition(":")[2] or "0123456789"
+        classes = _Digits.classes(data_config)
         label = {int(digit): index for index, digit in enumerate(classes)}
         rows = parts[name][splits.rows(len(parts[name]), keep, split, seed=data_config.split_seed)]
         rows = rows[np.isin(digits.target[rows], list(label))]
@@ -103,9 +103,13 @@ class _Digits:
         images = [tf.io.encode_png(image).numpy() for image in grey]
         labels = np.array([label[digit] for digit in digits.target[rows]])
         # Named by scikit-learn's row: load_digits().images[12] is digit 12.
-        return InMemory(images, labels, classes=list(classes), name=lambda index: f"digit {rows[index]}")
+        return InMemory(images, labels, classes=classes, name=lambda index: f"digit {rows[index]}")
 
     open_scan = open_source
+
+    @staticmethod
+    def classes(data_config) -> tuple[str, ...]:
+        return tuple(data_config.name.partition(":")[2] or "0123456789")
 
     @staticmethod
     def sizes(data_config) -> tuple[int, int, int]:

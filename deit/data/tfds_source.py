@@ -121,6 +121,11 @@ def open_scan(data_config, split: str) -> encoded.Encoded | TfRecords:
     return opened(data_config, builder, split)
 
 
+def classes(data_config) -> tuple[str, ...]:
+    """Return the names of the classes of prepared data. Errors: UserError."""
+    return tuple(open_scan(data_config, data_config.train_split).classes)
+
+
 def sizes(data_config) -> tuple[int, int, int] | None:
     """Return (train size, evaluation size, classes), or None where the data is not prepared."""
     builder = prepared(data_config)

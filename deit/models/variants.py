@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-INITIAL_STDDEV = 0.02  # DeiT's
+# facebookresearch/deit and timm cut at 2, so their weights spread by .02; Keras cuts at twice the spread, which leaves
+# .8796 of it.
+INITIAL_STDDEV = 0.02 / 0.87962566
 NORM_EPSILON = 1e-6  # of facebookresearch/deit and timm; transformers has 1e-12
 LAYER_SCALE = 1e-4  # DeiT-III's first value (facebookresearch/deit); timm starts at 1e-6
 
@@ -25,7 +27,7 @@ class Shape:
       heads: attention heads (DeiT: dim / 64).
       patch: px, the side of a patch.
       distilled: whether there is a distillation token.
-      stddev: of the initial weights, a normal distribution cut at twice that.
+      stddev: of the normal distribution that initial weights are drawn from, truncated at twice that.
       layer_scale: first value of each branch's scale (LayerScale, arXiv:2103.17239); 0 = there is none.
       prefix_slots: whether prefix tokens have position embeddings (DeiT) or only patches (DeiT-III).
       constant_drop: whether every block drops at the same rate (DeiT-III), or from 0 up, linearly (DeiT).

@@ -25,7 +25,7 @@ def plain(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def truncated_normal(stddev: float = INITIAL_STDDEV) -> Any:
-    """Return an initializer of kernels, tokens, positions, cut at 2 stddev; `paths.initialise` seeds it."""
+    """Return an initializer of kernels, tokens, positions, truncated at 2 stddev; `paths.initialise` seeds it."""
     return keras.initializers.TruncatedNormal(stddev=stddev, seed=0)
 
 
@@ -66,7 +66,10 @@ class Normalize(keras.layers.Layer):
 
 @_serializable
 class PatchEmbed(keras.layers.Layer):
-    """Cut images [B, S, S, 3] into squares and project each: [B, (S / patch)^2, D], row by row."""
+    """Cut images [B, S, S, 3] into squares and project each: [B, (S // patch)^2, D], row by row.
+
+    What is left of S at the right and at the bottom is not seen.
+    """
 
     def __init__(self, dim: int, patch: int, *, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from deit import errors
+from deit import cost, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,10 @@ class Teacher:
         No gradient passes.
         """
         return tf.stop_gradient(tf.cast(self.forward(self.input.apply(images)), tf.float32))
+
+    def flops(self, image_size: int) -> float:
+        """Return what an answer to one image of `image_size` px costs, nan where its graph leaves that open."""
+        return cost.of(self.logits, image_size).flops
 
     def describe(self) -> str:
         """Return one line for the plan."""

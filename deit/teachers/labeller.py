@@ -8,6 +8,7 @@ needed: a run that finds everything in the cache never loads it. A disk that fil
 training.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -74,6 +75,10 @@ class Labeller:
         if self._teacher is not None:
             return self._teacher.describe()
         return f"{self._config.teacher.kind}, not loaded yet: its answers are looked for in {self.cache.directory}"
+
+    def flops(self) -> float:
+        """Return what an answer to one image costs, nan while the teacher is not loaded."""
+        return self._teacher.flops(self._config.data.image_size) if self._teacher is not None else math.nan
 
     def measure(self, batches: Iterable, classes: tuple[str, ...]) -> report.Report:
         """Return the teacher's report on the evaluation batches, from the cache where it has it."""
