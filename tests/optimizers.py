@@ -71,7 +71,7 @@ def assert_equal(variables, expected):
     np.testing.assert_allclose(variables["bias"], expected[1], rtol=2e-5, atol=1e-6)
 
 
-def numpy_lamb(*, scales=(1.0, 1.0), skip=()):
+def numpy_lamb(*, scales=(1.0, 1.0), skip=(), adapted=True):
     """LAMB (arXiv:1904.00962, algorithm 2): the kernel decays and its step has its norm; the bias is plain Adam."""
     values, moments, applied = [KERNEL.copy(), BIAS.copy()], [np.zeros((2, 2, 2)), np.zeros((2, 2))], 0
     for step, gradients in enumerate(GRADIENTS):
@@ -82,7 +82,7 @@ def numpy_lamb(*, scales=(1.0, 1.0), skip=()):
             moment[0] = 0.9 * moment[0] + 0.1 * gradient
             moment[1] = 0.99 * moment[1] + 0.01 * gradient**2
             update = moment[0] / (1 - 0.9**applied) / (np.sqrt(moment[1] / (1 - 0.99**applied)) + 1e-3)
-            if i == 0:
+            if i == 0 and adapted:
                 update = update + 0.5 * value
                 update = update * np.sqrt((value**2).sum()) / np.sqrt((update**2).sum())
             value -= rate(step) * scales[i] * update

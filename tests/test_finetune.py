@@ -168,8 +168,9 @@ def test_a_fine_tuning_is_continued_without_its_start(tmp_path):
     start, run = family.checkpoint(tmp_path / "start", **DIGITS), tmp_path / "run"
     flags = (f"--config.init_from={start}", *FEW)
     main("digits", run, *flags)
-    whole = student(run)
+    whole, pinned = student(run), checkpoint.manifest(start)["state_sha256"]
     shutil.rmtree(run / f"{STEPS}2")
     shutil.rmtree(start)
     assert "continuing" in main("digits", run, *flags)
+    assert checkpoint.manifest(run / f"{STEPS}2")["versions"]["start"] == pinned
     assert all(np.array_equal(value, whole[path]) for path, value in student(run).items())

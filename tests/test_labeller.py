@@ -228,6 +228,7 @@ def test_without_a_cache_the_teacher_is_there_and_described_from_the_start(full,
     _, _, _, found = opened(changed(full[0], **{"teacher.cache": "off", "teacher.cache_dir": ""}))
     monkeypatch.setattr(teachers, "build", None)
     assert "32 px" in found.describe() and found.cache is None
+    assert found.flops() == 2 * (4 * 4 * 3) * 10  # the matrix, once
     assert found.measure(_evaluation(full[0]), tuple("0123456789")).metrics["teacher/images"] == 450
 
 
