@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 import deit
 from configs import base
-from deit import commit, errors, peer_settings, weights_file
+from deit import commit, errors, peer_settings, weights_file, workdir
 from deit import config as configuration
 from deit.models import factory, layouts, paths, variants
 
@@ -69,17 +69,24 @@ def load(
     shape = variants.of_model(model)
     own = layouts.to_own(found.tensors, shape, layout=found.layout, image_size=size, num_classes=count)
     done = _changes(found, shape, variant, size, asked=bool(image_size))
+    found.tensors.clear()  # a large network's are a gigabyte
     own = _assigned(own, model, size, len(names), fresh_heads=classifier == "replace")
     provenance = {
         "file": found.file.name,
-        "sha256": weights_file.sha256(found.file),
+        "sha256": workdir.describe(found.file)["sha256"],
         "layout": found.layout,
         "variant": variant,
         "classifier": classifier,
         **done,
+        **{path.name: f"sha256 {workdir.describe(path)['sha256']}" for path in found.beside.files()},
     }
-    _commit(out, own, _config(model, size, names, found.beside.crop_ratio), provenance)
-    return f"{out}: {variant} at {size} px, {_described(own, names, done)}; from {_origin(provenance)}"
+    config = _config(model, size, names, found.beside.crop_ratio)
+    _commit(out, own, config, provenance)
+    beside = "".join(f", {path.name} beside it" for path in found.beside.files())
+    return (
+        f"{out}: {variant} at {size} px, crop {config.eval.crop_ratio:g}, {_described(own, names, done)}; "
+        f"from {_origin(provenance)}{beside}"
+    )
 
 
 def _check_request(variant: str, classifier: str, names_file: Path | None) -> None:
@@ -102,7 +109,12 @@ def _model(variant: str, patch: int, registers: int) -> ConfigDict:
 def _read(source: Path, layout: str, model: ConfigDict) -> _Source:
     file = weights_file.file_of(source)
     tensors = weights_file.read(file)
-    layout = layout or layouts.detect(tensors)
+    seen = layouts.detect(tensors)
+    if layout == "facebook" and seen == "timm":  # the same names, where there is no LayerScale
+        seen = layout
+    if layout and layout != seen:
+        raise errors.UserError(f"--layout ({layout}) is not what {file} has: its names are {seen}'s")
+    layout = seen
     return _Source(file, layout, tensors, peer_settings.read(file.parent, layout, variants.of_model(model)))
 
 
@@ -147,7 +159,7 @@ def _names(count: int, classifier: str, names_file: Path | None, found: _Source)
 
 def _names_in(path: Path) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # a byte order mark is no part of a name
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", "") or "it is no UTF-8 text"
         raise errors.UserError(f"--class_names ({path}) can't be read: {why}") from None

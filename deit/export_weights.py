@@ -176,11 +176,11 @@ def _network(config: ConfigDict, shape: variants.Shape, architecture: str) -> di
 def _picture(config: ConfigDict) -> dict[str, Any]:
     """Return the content of preprocessor_config.json."""
     side, crop = config.data.image_size, config.eval.crop_ratio
-    before = int(side / (crop or 1.0))
+    before = int(side / crop) if crop else side
     return {
         "image_processor_type": "DeiTImageProcessor",
         "do_resize": True,
-        "size": {"height": before, "width": before},
+        "size": {"shortest_edge": before} if crop else {"height": before, "width": before},
         "resample": 3 if crop else 2,
         "do_center_crop": bool(crop),
         "crop_size": {"height": side, "width": side},

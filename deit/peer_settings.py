@@ -4,7 +4,7 @@ Hugging Face: config.json and preprocessor_config.json. timm on the hub: config.
 
 Promises: a file that is not there says nothing; one that is there is read or refused in a line that names it, the field
 and the rule. What tensors don't show (attention heads, the activation) must be as in the variant: it would convert to
-wrong logits without a word.
+wrong logits without a word. What is done to a picture otherwise than evaluation here does it is warned of.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from absl import logging
 
 from deit import errors
 from deit.models.variants import NORM_EPSILON, Shape
@@ -42,6 +44,10 @@ class Settings:
     std: tuple[float, ...] | None = None
     crop_ratio: float | None = None
     labels: Any = None
+
+    def files(self) -> tuple[Path, ...]:
+        """Return what was there to be read."""
+        return tuple(path for name in (_CONFIG, _PICTURE) if (path := self.where / name).is_file())
 
     def class_names(self) -> tuple[str, ...]:
         """Return the names in the order of the logits; () without, or where transformers made them up.
@@ -101,6 +107,7 @@ def _picture(path: Path) -> dict[str, Any]:
     else:
         found["mean"], found["std"] = (0.0,) * 3, (1.0,) * 3
     found["crop_ratio"] = _crop_ratio(path, content)
+    _warn_of(path, "resample", _RESAMPLE.get(content.get("resample"), content.get("resample")), found["crop_ratio"])
     return found
 
 
@@ -112,6 +119,8 @@ def _crop_ratio(path: Path, content: Mapping[str, Any]) -> float | None:
     if not content.get("do_center_crop", "crop_size" in content):
         return None if isinstance(content["size"], Mapping) and "shortest_edge" in content["size"] else 0.0
     crop = _side(path, "crop_size", content.get("crop_size", size))
+    if isinstance(content["size"], Mapping) and "shortest_edge" not in content["size"] and crop != size:
+        logging.warning("%s: size (%s): here the short side is resized and the aspect kept", path, content["size"])
     ratio = crop / size
     if int(crop / ratio) != size:  # evaluation resizes to int(S / ratio): 384 / (384 / 438) may round down
         ratio = math.nextafter(ratio, 0.0)
@@ -137,6 +146,9 @@ def _timm(where: Path, shape: Shape) -> Settings:
     arguments = content.get("model_args") or {}
     if isinstance(arguments, Mapping):
         _check_same(path, "model_args.num_heads", arguments.get("num_heads", shape.heads), shape.heads)
+        for name, value in _TIMM.items():
+            _check_same(path, f"model_args.{name}", arguments.get(name, value), value)
+    _check_same(path, "global_pool", content.get("global_pool", "token"), "token")
     fields = content.get("pretrained_cfg", content)
     if not isinstance(fields, Mapping):
         raise errors.UserError(f"{path}: pretrained_cfg must be an object")
@@ -145,11 +157,23 @@ def _timm(where: Path, shape: Shape) -> Settings:
         found["crop_ratio"] = _ratio(path, "crop_pct", fields["crop_pct"])
         if (fields["crop_pct"], fields.get("crop_mode")) == (1, "squash"):
             found["crop_ratio"] = 0.0  # resized to the square, whatever the picture's sides
+        elif fields.get("crop_mode", "center") not in ("center", None):
+            logging.warning("%s: crop_mode (%s): here the centre is cropped", path, fields["crop_mode"])
+    _warn_of(path, "interpolation", fields.get("interpolation"), found.get("crop_ratio"))
     names = content.get("label_names", fields.get("label_names", fields.get("labels")))
     return Settings(where, labels=dict(enumerate(names)) if isinstance(names, list) else names, **found)
 
 
 _LEAST = {"mean": -math.inf, "std": 0.0}
+_TIMM = {"act_layer": "gelu", "norm_layer": None, "global_pool": "token"}  # of a VisionTransformer, unless it says so
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def _warn_of(path: Path, name: str, method: Any, crop_ratio: float | None) -> None:
+    """Warn where a picture was resized by another method than evaluation's."""
+    ours = "bilinear" if crop_ratio == 0 else "bicubic"
+    if method not in (None, ours):
+        logging.warning("%s: %s (%s): here a picture is resized %s", path, name, method, ours)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -61,9 +61,9 @@ def find(paths: Sequence[str]) -> list[str]:
 
 
 def open_network(ckpt: str, *, weights: str = "raw") -> saved.Saved:
-    """Open a checkpoint with its raw or its averaged weights. Errors: UserError."""
-    runtime.prepare(saved.config_of(ckpt).precision)
-    return saved.open_network(ckpt, weights=weights)
+    """Open a checkpoint's raw or averaged weights in float32, whatever it was trained in. Errors: UserError."""
+    runtime.prepare("float32")
+    return saved.open_network(ckpt, precision="float32", weights=weights)
 
 
 def pictures(opened: saved.Saved, files: Sequence[str], *, top: int) -> list[Prediction]:
@@ -149,8 +149,8 @@ def logits(opened: saved.Saved, images: np.ndarray, *, raw: bool) -> dict[str, n
 
 
 def behind_normalisation(network: factory.Network) -> tf.Module:
-    """Return the same network as a model of images that are normalised already. Errors: UserError for a CNN."""
+    """Return the same network as a model of images that are normalised already. Errors: UserError where it has none."""
     layers = {layer.name: layer for layer in network.model.layers}
     if "normalize" not in layers:
-        raise errors.UserError(f"--raw needs a transformer: {network.model.name} has no normalisation to leave out")
+        raise errors.UserError(f"--raw: {network.model.name} has no normalisation to leave out")
     return keras.Model(layers["normalize"].output, network.model.output, name=f"{network.model.name}_raw")

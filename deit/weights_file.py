@@ -8,7 +8,6 @@ refused in one line that names the tensor where there is one.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import re
 import warnings
@@ -24,6 +23,7 @@ from absl import logging
 from deit import errors
 
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_LARGEST = 2**28  # elements: a gigabyte, forty times the largest tensor of DeiT-III
 _REFUSED = re.compile(r"(?:GLOBAL|Unsupported class|Trying to load unsupported GLOBAL) ([\w.]+)")  # torch's message
 
 
@@ -46,17 +46,13 @@ def file_of(path: Path) -> Path:
     if found.is_file():
         return found
     others = [name for name in ("pytorch_model.bin", "model.safetensors.index.json") if (path / name).is_file()]
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        raise errors.UserError(f"{path} is a run or checkpoint of this code base: --to=timm (or another) converts it")
     if others == ["pytorch_model.bin"]:
         raise errors.UserError(f"{found} is no file; this directory's weights are a pickle: --from={path / others[0]}")
     if others:
         raise errors.UserError(f"{found} is no file; these weights are in several files, which no DeiT needs")
     raise errors.UserError(f"{found} is no file")
-
-
-def sha256(path: Path) -> str:
-    """Return the digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -82,8 +78,8 @@ def _pickled(path: Path) -> dict[str, np.ndarray]:
             f"{path} is a pickle, which only torch opens safely: pip install torch, or, where it is: python -c "
             f'"import argparse, torch, safetensors.torch as t; torch.serialization.add_safe_globals('
             f"[argparse.Namespace]); w = torch.load({path.name!r}, map_location='cpu', weights_only=True); "
-            f"t.save_file({{k: v.detach().contiguous() for k, v in w.get('model', w).items()}}, "
-            f"'{path.stem}.safetensors')\""
+            f"w = w.get('model', w); w = w.get('state_dict', w); "
+            f"t.save_file({{k: v.detach().contiguous() for k, v in w.items()}}, '{path.stem}.safetensors')\""
         )
     content = _unpickled(path)
     for key in ("model", "state_dict"):  # facebookresearch/deit's and other trainers' files
@@ -126,6 +122,8 @@ def _array(path: Path, name: Any, tensor: Any) -> np.ndarray:
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         kind = tensor.device.type if tensor.layout == torch.strided else str(tensor.layout)
         raise errors.UserError(f"{path}: {name} must be a dense tensor, not {kind}")
+    if tensor.numel() > _LARGEST:  # a petabyte can be a view of a few bytes
+        raise errors.UserError(f"{path}: {name} has shape {list(tensor.shape)}, more than any network's")
     return tensor.detach().contiguous().numpy()
 
 

@@ -12,13 +12,17 @@ from deit.models import factory, paths
 
 def checkpoint(
     where: Path, variant: str = "deit_micro_distilled_patch8_32", *, size: int = 32, classes=("a", "b", "c"),
-    ema: bool = False, seed: int = 1, crop_ratio: float = 1.0, **fields,
+    ema: bool = False, seed: int = 1, crop_ratio: float = 1.0, change=lambda config: None, **fields,
 ) -> Path:  # fmt: skip
-    """Write a checkpoint whose every tensor has values of its own, and return its directory."""
+    """Write a checkpoint whose every tensor has values of its own, and return its directory.
+
+    `fields`: of `config.model`; `change` may alter the whole configuration.
+    """
     c = base.get_config()
     c.model.variant, c.data.image_size, c.eval.crop_ratio = variant, size, crop_ratio
     for name, value in fields.items():
         c.model[name] = value
+    change(c)
     network = factory.build(c.model, num_classes=len(classes), image_size=size, precision="float32", load_weights=False)
     random = np.random.default_rng(seed)
     tensors = {}

@@ -1,7 +1,9 @@
 """tools/convert_weights.py at the command line: what it writes is read by evaluation, and it refuses in one line."""
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +187,74 @@ def test_without_torch_a_pickle_is_answered_by_how_to_write_safetensors(tmp_path
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=r"weights_only=True.*save_file\(.*deit_tiny.safetensors"):
         weights_file.read(tmp_path / "deit_tiny.pth")
+
+
+def test_a_layout_that_is_not_the_file_s_is_named(file, tmp_path):
+    with pytest.raises(errors.UserError, match=r"--layout \(huggingface\) is not what .* has: its names are timm's"):
+        convert.load(file, tmp_path / "ours", variant=VARIANT, layout="huggingface")
+    convert.load(file, tmp_path / "ours", variant=VARIANT, layout="facebook")  # the same names, without LayerScale
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class_s_name(file, tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n", encoding="utf-8-sig")
+    convert.load(file, tmp_path / "ours", variant=VARIANT, names_file=tmp_path / "names.txt")
+    assert saved.config_of(tmp_path / "ours").resolved.classes == ("cat", "dog", "owl")
+
+
+def test_sigterm_while_it_writes_leaves_nothing(file, tmp_path):
+    """The tool is stopped by the signal at the moment at which its checkpoint is half written."""
+    code = (
+        "import os, signal, sys; sys.argv[0] = 'tools/convert_weights.py'; sys.path.insert(0, '.')\n"
+        "from deit import commit, workdir, cli\n"
+        "workdir.sync = lambda path: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from tools import convert_weights\n"
+        "cli.run(convert_weights.main)\n"
+    )
+    flags = [f"--from={file}", f"--variant={VARIANT}", f"--out={tmp_path / 'ours'}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=REPOSITORY, env=environment, timeout=120)
+    assert done.returncode == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.safetensors"]
+
+
+@pytest.mark.slow
+def test_what_is_written_is_read_by_evaluation_prediction_a_fine_tuning_and_as_a_teacher(file, tmp_path):
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), ("cat", "dog", "owl")):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for i in range(16):
+            picture = Image.fromarray(random.integers(0, 256, [40, 48, 3], np.uint8))
+            picture.save(tmp_path / "data" / split / name / f"{i}.png")
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+    out, data = tmp_path / "ours", f"folder:{tmp_path / 'data'}"
+    run(f"--from={file}", f"--variant={VARIANT}", f"--out={out}", f"--class_names={tmp_path / 'names.txt'}")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+    def python(*arguments):
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=REPOSITORY, capture_output=True, text=True, env=environment, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    split = ("--split=val", f"--json={tmp_path / 'result.json'}")
+    assert re.search(r"eval/images +48\n", python("tools/eval.py", f"--ckpt={out}", f"--data_name={data}", *split))
+    picture = tmp_path / "data" / "val" / "cat" / "0.png"
+    (answer,) = json.loads(
+        python("tools/predict.py", f"--ckpt={out}", picture, "--json", "--top=3").partition("\n]")[0] + "]"
+    )
+    assert {c["class"] for c in answer["classes"]} == {"cat", "dog", "owl"}
+    fields = {
+        "data.name": data, "data.train_split": "train", "data.eval_split": "val", "init_from": out, "micro_batch": 16,
+        "model.variant": VARIANT, "data.image_size": 32, "global_batch": 16, "total_updates": 2, "eval.batch": 48,
+        "distill.kind": "hard", "teacher.kind": "run", "teacher.path": out, "teacher.min_accuracy": 0.0,
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    said = python("main.py", "--config=configs/base.py", f"--workdir={tmp_path / 'run'}", *flags)
+    assert "heads kept: the same 3 classes" in said and "update 2/2" in said
 
 
 def test_a_network_that_no_one_else_has_is_not_exported(tmp_path):

@@ -1,11 +1,12 @@
 """What a conversion takes from beside the weights: names of classes, mean and std of pixels, the crop."""
 
+import hashlib
 import json
 
 import pytest
 import safetensors.numpy
 
-from deit import convert, errors, export_weights, saved
+from deit import checkpoint, convert, errors, export_weights, saved
 from tests.test_layouts import huggingface, timm
 
 VARIANT = "deit_micro_distilled_patch8_32"
@@ -37,6 +38,10 @@ def test_a_directory_of_transformers_brings_its_names_and_its_epsilon(tmp_path):
     convert.load(tmp_path / "theirs", tmp_path / "ours", variant=VARIANT)
     config = saved.config_of(tmp_path / "ours")
     assert tuple(config.resolved.classes) == ("rose", "tulip", "daisy") and config.model.norm_epsilon == 1e-5
+    digest = hashlib.sha256((tmp_path / "theirs" / "config.json").read_bytes()).hexdigest()
+    assert checkpoint.manifest(tmp_path / "ours")["source"]["config.json"] == f"sha256 {digest}"
+    line = convert.load(tmp_path / "theirs", tmp_path / "again", variant=VARIANT)
+    assert "at 32 px, crop 0.875, " in line and line.endswith("), config.json beside it")
 
 
 @pytest.mark.parametrize("how", ["transformers", "timm's hub", "timm's older hub"])
@@ -60,7 +65,7 @@ def test_what_is_done_to_pixels_comes_along_and_goes_back(tmp_path, how):
         export_weights.export(tmp_path / "ours", tmp_path / "back", layout="huggingface")
         back = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
         assert back["image_mean"] == mean and back["image_std"] == std
-        assert back["size"]["height"] == 36 and back["crop_size"]["height"] == 32
+        assert back["size"] == {"shortest_edge": 36} and back["crop_size"]["height"] == 32
 
 
 IN_WORDS = [

@@ -7,8 +7,9 @@ import logging as python_logging
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
-from deit import convert, errors, export_weights, saved
+from deit import convert, errors, export_weights, predict, saved
 from tests import family
 from tests.test_layouts import timm
 from tools import peers
@@ -28,7 +29,10 @@ def export(ckpt, tmp_path, layout, **options):
 
 
 def opened(line, tmp_path):
-    """Put the printed line into a module of its own, with nothing imported before, and return its model."""
+    """Run the printed line in a module of its own, whose only imports are the line's, and return its model.
+
+    `peers.load` mends a torchvision that is not of torch's build.
+    """
     peers.load()
     (tmp_path / "opened.py").write_text(line + "\n")
     spec = importlib.util.spec_from_file_location("opened", tmp_path / "opened.py")
@@ -162,6 +166,31 @@ def test_timm_s_directory_says_what_timm_makes_of_a_picture_and_what_the_classes
     library.data.create_transform(**found)
 
 
+@needs_peers
+@pytest.mark.parametrize("crop", [0.875, 1.0])
+def test_a_picture_that_is_not_square_is_answered_alike_in_transformers_and_timm(tmp_path, crop):
+    pixels = np.random.default_rng(0).integers(0, 256, [6, 12, 3], np.uint8)
+    picture = Image.fromarray(pixels).resize((480, 240), Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "wide.png")
+    ckpt = family.checkpoint(tmp_path / "ours", DISTILLED, crop_ratio=crop)
+    opened_here = predict.open_network(str(ckpt))
+    (answer,) = predict.pictures(opened_here, [str(tmp_path / "wide.png")], top=3)
+    torch, library, transformers = peers.load()
+    for layout in ("huggingface", "timm"):
+        out, line = export(ckpt, tmp_path / layout, layout)
+        model = opened(line, tmp_path)
+        if layout == "huggingface":
+            processor = transformers.AutoImageProcessor.from_pretrained(out)
+            logits = model(processor(picture, return_tensors="pt")["pixel_values"]).logits
+        else:
+            transform = library.data.create_transform(**library.data.resolve_model_data_config(model))
+            logits = model(transform(picture)[None])
+        theirs = torch.softmax(logits, -1)[0].detach().numpy()
+        ours = dict(answer.classes)
+        # Pillow rounds to bytes between the two axes, so pixels differ by one.
+        np.testing.assert_allclose([ours[name] for name in "abc"], theirs, atol=2e-3, err_msg=layout)
+
+
 @pytest.mark.parametrize("layout", ["timm", "huggingface"])
 @pytest.mark.parametrize("crop", [0.875, 1.0, 0.0])
 def test_a_network_that_goes_out_and_comes_back_is_the_same_for_pictures_too(tmp_path, layout, crop):
@@ -198,7 +227,8 @@ def test_preprocessor_config_json_says_what_a_picture_is_made_into(tmp_path, cro
     out, _ = export(ckpt, tmp_path, "huggingface")
     content = json.loads((out / "preprocessor_config.json").read_text())
     assert content["image_mean"] == [0.5, 0.4, 0.3] and content["image_std"] == [0.1, 0.2, 0.3]
-    assert content["size"] == {"height": before, "width": before} and content["resample"] == resample
+    size = {"shortest_edge": before} if crop else {"height": before, "width": before}
+    assert content["size"] == size and content["resample"] == resample
     assert content["do_center_crop"] is bool(crop) and content["crop_size"] == {"height": 32, "width": 32}
     assert content["do_rescale"] is content["do_normalize"] is True and content["rescale_factor"] == 1 / 255
 

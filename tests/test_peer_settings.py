@@ -118,6 +118,16 @@ def test_an_image_processor_that_can_t_be_followed_is_named(tmp_path, change, me
         ({"pretrained_cfg": {"crop_pct": 2.0}}, r"crop_pct \(2.0\) must be between 0.25 and 1"),
         ({"pretrained_cfg": []}, r"pretrained_cfg must be an object"),
         ({"architecture": "x", "model_args": {"num_heads": 12}}, r"model_args.num_heads \(12\) must be 6"),
+        ({"architecture": "x", "model_args": {"act_layer": "relu"}}, r"model_args.act_layer \('relu'\) must be 'gelu'"),
+        (
+            {"architecture": "x", "model_args": {"global_pool": "avg"}},
+            r"model_args.global_pool \('avg'\) must be 'token'",
+        ),
+        ({"architecture": "x", "global_pool": "avg"}, r"global_pool \('avg'\) must be 'token'"),
+        (
+            {"architecture": "x", "model_args": {"norm_layer": "rmsnorm"}},
+            r"model_args.norm_layer \('rmsnorm'\) must be",
+        ),
     ],
 )
 def test_a_config_of_timm_that_can_t_be_followed_is_named(tmp_path, content, message):
@@ -143,6 +153,28 @@ def test_names_of_classes_are_read_where_timm_keeps_them(tmp_path, content):
 def test_a_picture_that_timm_squashes_into_the_square_has_no_crop(tmp_path, fields, crop):
     content = {"pretrained_cfg": {"crop_pct": 1.0, "crop_mode": "squash", **fields}}
     assert read(tmp_path, layout="timm", config=content).crop_ratio == crop
+
+
+@pytest.mark.parametrize(
+    "layout, fields, warning",
+    [
+        ("timm", {"interpolation": "bilinear"}, "interpolation (bilinear): here a picture is resized bicubic"),
+        ("timm", {"crop_mode": "border"}, "crop_mode (border): here the centre is cropped"),
+        ("timm", {"interpolation": "bicubic", "crop_mode": "center"}, ""),
+        ("timm", {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}, ""),
+        ("huggingface", {"resample": 2}, "resample (bilinear): here a picture is resized bicubic"),
+        ("huggingface", {"resample": 0}, "resample (0): here a picture is resized bicubic"),
+        ("huggingface", {"size": {"height": 256, "width": 256}, "crop_size": 224}, "here the short side is resized"),
+        ("huggingface", {"size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}, ""),
+        ("huggingface", {"size": 224, "do_center_crop": False, "resample": 2}, ""),
+    ],
+)
+def test_what_is_done_to_a_picture_otherwise_than_here_is_warned_of(tmp_path, caplog, layout, fields, warning):
+    if layout == "timm":
+        read(tmp_path, layout=layout, config={"pretrained_cfg": {"crop_pct": 0.9, **fields}})
+    else:
+        read(tmp_path, picture={**PICTURE, **fields})
+    assert warning in caplog.text and bool(caplog.text) == bool(warning)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,25 @@ def test_averaged_weights_give_other_answers(two_heads, one_head):
         predict.open_network(str(one_head), weights="ema")
 
 
+def test_a_network_that_was_trained_in_half_precision_answers_in_single(tmp_path, one_head):
+    def half(config):
+        config.precision = "mixed_float16"
+
+    ckpt = family.checkpoint(tmp_path / "half", "deit_micro_patch8_32", change=half)
+    images = RANDOM.uniform(0, 255, [1, 32, 32, 3]).astype(np.float32)
+    whole, now = (predict.logits(predict.open_network(str(c)), images, raw=False)["logits"] for c in (one_head, ckpt))
+    assert saved.config_of(ckpt).precision == "mixed_float16"
+    np.testing.assert_array_equal(whole, now)
+
+
+def test_a_header_that_promises_more_than_memory_is_one_line(one_head, tmp_path):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999, 99999, 32, 3), }"
+    header += b" " * (118 - len(header) - 1) + b"\n"
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    line = run(f"--ckpt={one_head}", f"--array={tmp_path / 'x.npy'}", f"--out={tmp_path / 'y.npz'}", code=1)
+    assert "can't be read as a .npy file" in line and line.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "images, raw, message",
     [

@@ -53,6 +53,23 @@ def test_safetensors_cut_short_at_any_byte_or_with_a_bit_flipped_are_one_line_or
 
 
 @needs_torch
+def test_a_tensor_that_is_larger_than_what_the_file_holds_is_named_and_not_made(tmp_path):
+    import torch
+
+    path = save(tmp_path / "x.pth", {"a": torch.zeros(1).expand(10_000_000, 10_000_000)})
+    assert "a has shape [10000000, 10000000], more than any network" in refused(path)
+
+
+def test_a_checkpoint_of_ours_is_told_the_other_direction(tmp_path):
+    for name in ("run", "ckpt"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "ckpt" / "manifest.json").write_text("{}")
+    for name in ("run", "ckpt"):
+        assert "is a run or checkpoint of this code base: --to=" in refused(tmp_path / name)
+
+
+@needs_torch
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_cut_short_or_with_a_bit_flipped_is_one_line_or_read(tmp_path, zipped):
     path = save(tmp_path / "x.pth", {"model": tensors(), "args": argparse.Namespace(lr=1.0)}, zipped=zipped)

@@ -9,6 +9,7 @@ create_model("local-dir:DIR", pretrained=True) and from_pretrained open, with th
 crop; to facebook: a .safetensors file. Nothing that exists is overwritten.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ IMAGE_SIZE = flags.DEFINE_integer(
     0,
     "px; the position embedding is resized. 0 = as the variant's name, and the file must be of that size.",
     lower_bound=0,
+    upper_bound=4096,
 )
 PATCH = flags.DEFINE_integer("patch", 0, "px; 0 = as the variant's name.", lower_bound=0)
 REGISTERS = flags.DEFINE_integer("registers", 0, "Register tokens (timm's reg_tokens).", lower_bound=0)
@@ -37,7 +39,7 @@ CLASSIFIER = flags.DEFINE_enum(
     "classifier",
     "keep",
     ["keep", "drop", "replace"],
-    "keep the file's heads; drop them: only init_from reads the result; replace them by fresh ones for --class_names.",
+    "keep the file's heads; drop them (for init_from and --to); replace them by fresh ones for --class_names.",
 )
 CLASS_NAMES = flags.DEFINE_string("class_names", None, "File of class names, one a line, in the order of the logits.")
 WEIGHTS = flags.DEFINE_enum("weights", "raw", ["raw", "ema"], "With --to: which of a run's two sets of weights.")
@@ -58,6 +60,8 @@ def main(_) -> int:
             where = "without --to" if TO.value else "with --to"
             raise errors.UserError(f"--{name} ({flags.FLAGS[name].value}) says something only {where}")
     from deit import convert, export_weights  # TensorFlow starts only now
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written goes, as for Ctrl-C
 
     if TO.value:
         print(export_weights.export(Path(FROM.value), Path(OUT.value), layout=TO.value, weights=WEIGHTS.value))

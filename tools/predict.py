@@ -5,6 +5,7 @@ python tools/predict.py --ckpt=runs/deit_tiny_flowers --array=x.npy [--raw] --ou
 
 --ckpt is a run, a checkpoint, or what tools/convert_weights.py wrote. An array is [N, S, S, 3], pixels in [0, 255];
 with --raw it is float32 and normalised already. y.npz holds logits_cls, logits_dist (two heads) and logits, their mean.
+Everything is computed in float32, whatever precision the network was trained in.
 Pictures are read as training reads them: as they are stored, without the turn that EXIF may ask for.
 """
 
@@ -68,6 +69,7 @@ def _pictures(paths: list[str]) -> int:
     """Print the classes of the pictures at `paths`."""
     from deit import predict
 
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     files = predict.find(paths)
     opened = predict.open_network(CKPT.value, weights=WEIGHTS.value)
     answers = predict.pictures(opened, files, top=TOP.value)
@@ -96,7 +98,7 @@ def _check_new(flag: str, path: str | None, ending: str) -> None:
 def _load(path: str) -> np.ndarray:
     try:
         found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise errors.UserError(f"--array ({path}) can't be read as a .npy file: {error}") from None
     if not isinstance(found, np.ndarray):
         raise errors.UserError(f"--array ({path}) is an .npz archive, not a .npy file")
