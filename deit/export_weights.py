@@ -113,7 +113,7 @@ def _timm_network(config: ConfigDict, shape: variants.Shape) -> tuple[str, dict[
     if "_micro_" in name:  # ours: timm has no such name
         name = "deit_tiny_distilled_patch16_224" if shape.distilled else "deit_tiny_patch16_224"
         name = "deit3_small_patch16_224" if shape.layer_scale else name
-        options |= {"embed_dim": shape.dim, "depth": shape.depth, "num_heads": shape.heads}
+        options |= {"embed_dim": shape.dim, "depth": shape.depth, "num_heads": shape.num_heads}
     if shape.patch != variants.of_name(name).patch:
         options["patch_size"] = shape.patch
     if shape.registers:
@@ -155,7 +155,7 @@ def _network(config: ConfigDict, shape: variants.Shape, architecture: str) -> di
         "model_type": "deit" if shape.distilled else "vit",
         "hidden_size": shape.dim,
         "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.heads,
+        "num_attention_heads": shape.num_heads,
         "intermediate_size": 4 * shape.dim,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,

@@ -80,7 +80,7 @@ def read(where: Path, layout: str, shape: Shape) -> Settings:
 def _huggingface(where: Path, shape: Shape) -> Settings:
     content, path = _object(where / _CONFIG), where / _CONFIG
     wanted = {
-        "num_attention_heads": shape.heads,
+        "num_attention_heads": shape.num_heads,
         "hidden_act": "gelu",
         "qkv_bias": True,
         "intermediate_size": 4 * shape.dim,
@@ -107,7 +107,9 @@ def _picture(path: Path) -> dict[str, Any]:
     else:
         found["mean"], found["std"] = (0.0,) * 3, (1.0,) * 3
     found["crop_ratio"] = _crop_ratio(path, content)
-    _warn_of(path, "resample", _RESAMPLE.get(content.get("resample"), content.get("resample")), found["crop_ratio"])
+    method = content.get("resample")
+    method = _RESAMPLE.get(method, method) if isinstance(method, int) else method
+    _warn_of(path, "resample", method, found["crop_ratio"])
     return found
 
 
@@ -145,10 +147,10 @@ def _timm(where: Path, shape: Shape) -> Settings:
         return Settings(where)  # of something else
     arguments = content.get("model_args") or {}
     if isinstance(arguments, Mapping):
-        _check_same(path, "model_args.num_heads", arguments.get("num_heads", shape.heads), shape.heads)
+        _check_same(path, "model_args.num_heads", arguments.get("num_heads", shape.num_heads), shape.num_heads)
         for name, value in _TIMM.items():
-            _check_same(path, f"model_args.{name}", arguments.get(name, value), value)
-    _check_same(path, "global_pool", content.get("global_pool", "token"), "token")
+            _check_same(path, f"model_args.{name}", arguments.get(name) or value, value)
+    _check_same(path, "global_pool", content.get("global_pool") or "token", "token")
     fields = content.get("pretrained_cfg", content)
     if not isinstance(fields, Mapping):
         raise errors.UserError(f"{path}: pretrained_cfg must be an object")

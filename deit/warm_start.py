@@ -174,7 +174,7 @@ _TENSOR_OF = {
     "dim": "patch_embed/proj/kernel",
     "patch": "patch_embed/proj/kernel",
     "depth": "blocks/*",
-    "heads": "blocks/*/attn/qkv/kernel",
+    "num_heads": "blocks/*/attn/qkv/kernel",
     "distilled": "tokens/dist_token",
     "registers": "tokens/reg_token",
     "layer_scale": "blocks/*/ls1/gamma",

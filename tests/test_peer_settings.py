@@ -161,6 +161,8 @@ def test_a_picture_that_timm_squashes_into_the_square_has_no_crop(tmp_path, fiel
         ("timm", {"interpolation": "bilinear"}, "interpolation (bilinear): here a picture is resized bicubic"),
         ("timm", {"crop_mode": "border"}, "crop_mode (border): here the centre is cropped"),
         ("timm", {"interpolation": "bicubic", "crop_mode": "center"}, ""),
+        ("timm", {"interpolation": ["bicubic"]}, "interpolation (['bicubic'])"),
+        ("huggingface", {"resample": ["bicubic"]}, "resample (['bicubic'])"),
         ("timm", {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}, ""),
         ("huggingface", {"resample": 2}, "resample (bilinear): here a picture is resized bicubic"),
         ("huggingface", {"resample": 0}, "resample (0): here a picture is resized bicubic"),

@@ -80,7 +80,7 @@ def test_parameter_counts_are_the_published_ones(variant):
 
 def sizes(name):
     shape = variants.of_name(name)
-    return shape.dim, shape.depth, shape.heads, shape.patch, shape.prefix, shape.prefix_slots
+    return shape.dim, shape.depth, shape.num_heads, shape.patch, shape.prefix, shape.prefix_slots
 
 
 def test_there_are_these_variants_and_no_others_and_their_sizes_are_the_published_ones():

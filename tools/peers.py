@@ -127,7 +127,7 @@ def _huggingface(case: Case, scratch: Path, classes: int) -> Row:
     sizes = {
         "hidden_size": shape.dim,
         "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.heads,
+        "num_attention_heads": shape.num_heads,
         "intermediate_size": 4 * shape.dim,
         "image_size": native,
         "patch_size": shape.patch,

@@ -54,7 +54,7 @@ def build(
         blocks=[
             vit.Block(
                 shape.dim,
-                shape.heads,
+                shape.num_heads,
                 rate=rate,
                 keep=len(shape.outputs) if i == last else 0,
                 stddev=shape.stddev,

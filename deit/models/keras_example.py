@@ -14,7 +14,7 @@ import tensorflow as tf
 from deit import keras
 from deit.models import deit, variants, vit
 
-SHAPE = variants.Shape(dim=192, depth=12, heads=3, patch=16, distilled=True, two_heads=True)
+SHAPE = variants.Shape(dim=192, depth=12, num_heads=3, patch=16, distilled=True, two_heads=True)
 NAME = "keras_example"
 
 
@@ -57,7 +57,7 @@ def build(
     """Return the inference and the training model (`deit.connect`); the example has mean 0 and std 1."""
     glorot = keras.initializers.GlorotUniform
     blocks = [
-        ExampleBlock(SHAPE.dim, SHAPE.heads, key_dim=SHAPE.dim, rate=rate, name=f"blocks.{i}", dtype=policy)
+        ExampleBlock(SHAPE.dim, SHAPE.num_heads, key_dim=SHAPE.dim, rate=rate, name=f"blocks.{i}", dtype=policy)
         for i, rate in enumerate(SHAPE.rates(drop_path))
     ]
     parts = deit.Parts(

@@ -24,7 +24,7 @@ class Shape:
     Attributes:
       dim: channels of a token.
       depth: blocks.
-      heads: attention heads (DeiT: dim / 64).
+      num_heads: attention heads (DeiT: dim / 64).
       patch: px, the side of a patch.
       distilled: whether there is a distillation token.
       stddev: of the normal distribution that initial weights are drawn from, truncated at twice that.
@@ -38,7 +38,7 @@ class Shape:
 
     dim: int
     depth: int
-    heads: int
+    num_heads: int
     patch: int
     distilled: bool = False
     stddev: float = INITIAL_STDDEV
