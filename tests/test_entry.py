@@ -40,7 +40,7 @@ def assert_one_line(result, *parts):
         assert part in lines[0], lines[0]
 
 
-# Flag -> what the one line must say. All but model.variant and data.image_size are answered without TensorFlow.
+# Flag -> what the one line must say. All but model.variant and model.patch are answered without TensorFlow.
 BAD_FLAGS = {
     "--config.global_bach=3": ["global_bach", "did you mean global_batch"],
     "--config.optim.peak_rl=3": ["optim.peak_rl", "did you mean optim.peak_lr"],
@@ -50,7 +50,7 @@ BAD_FLAGS = {
     "--config.global_batch=100": ["global_batch (100)", "divisible by replicas * micro_batch (1 * 64)"],
     "--config.distill.kind=warm": ["distill.kind ('warm')", "none, soft, hard"],
     "--config.model.variant=deit_tini": ["model.variant", "deit_tiny"],
-    "--config.data.image_size=3": ["data.image_size (3)", "patch"],
+    "--config.model.patch=64": ["data.image_size (32)", "model.patch (64)"],
     "--config.teacher.kind=run": ["teacher.path", "must be given"],
     "--mode=trian": ["mode", "trian"],
     "--wrkdir=x": ["wrkdir", "workdir"],
