@@ -86,6 +86,7 @@ def _write_timm(out: Path, tensors: Mapping[str, np.ndarray], config: ConfigDict
         "architecture": name,
         "num_classes": len(classes),
         "model_args": options,
+        "layer_norm_eps": shape.norm_epsilon,  # ours to read back: timm has no name for it
         "pretrained_cfg": {
             "input_size": [3, side, side],
             "fixed_input_size": True,

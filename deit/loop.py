@@ -58,15 +58,16 @@ def train(run: job.Job, *, strategy: tf.distribute.Strategy, stop: signals.Stop 
         teacher = labeller.open_labeller(
             config, strategy, workdir=workdir, train_source=run.train_source, eval_source=run.eval_source
         )
+        fresh = newest is None and not config.init_from
         build = functools.partial(
             factory.build,
-            warm_start.before(config),
+            config.model,
             num_classes=len(config.resolved.classes),
             image_size=config.data.image_size,
             precision=config.precision,
-            load_weights=newest is None,  # a checkpoint has them
+            load_weights=fresh,  # else a checkpoint has them
         )
-        if place.count > 1 and newest is None and config.model.variant == "backbone" and not config.init_from:
+        if place.count > 1 and fresh and config.model.variant == "backbone":
             build()  # for its download: two at once would write one file
     with strategy.scope():
         network = build()

@@ -87,10 +87,15 @@ def _huggingface(where: Path, shape: Shape) -> Settings:
     }
     for name, value in wanted.items():
         _check_same(path, name, content.get(name, value), value)
-    epsilon = content.get("layer_norm_eps", EPSILON_OF_HUGGINGFACE)
+    epsilon = _epsilon(path, content, EPSILON_OF_HUGGINGFACE)
+    return Settings(where, epsilon, labels=content.get("id2label"), **_picture(where / _PICTURE))
+
+
+def _epsilon(path: Path, content: Mapping[str, Any], usual: float) -> float:
+    epsilon = content.get("layer_norm_eps", usual)
     if not (_is_number(epsilon) and 0 < epsilon < 1):
         raise errors.UserError(f"{path}: layer_norm_eps ({epsilon!r}) must be a number between 0 and 1")
-    return Settings(where, float(epsilon), labels=content.get("id2label"), **_picture(where / _PICTURE))
+    return float(epsilon)
 
 
 def _picture(path: Path) -> dict[str, Any]:
@@ -163,7 +168,8 @@ def _timm(where: Path, shape: Shape) -> Settings:
             logging.warning("%s: crop_mode (%s): here the centre is cropped", path, fields["crop_mode"])
     _warn_of(path, "interpolation", fields.get("interpolation"), found.get("crop_ratio"))
     names = content.get("label_names", fields.get("label_names", fields.get("labels")))
-    return Settings(where, labels=dict(enumerate(names)) if isinstance(names, list) else names, **found)
+    labels = dict(enumerate(names)) if isinstance(names, list) else names
+    return Settings(where, _epsilon(path, content, NORM_EPSILON), labels=labels, **found)
 
 
 _LEAST = {"mean": -math.inf, "std": 0.0}

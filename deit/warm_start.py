@@ -67,17 +67,10 @@ def describe(config: Any, network: factory.Network, classes: Sequence[str] | Non
     return _fit(config, *_opened(config), network, classes).said if config.init_from else ""
 
 
-def before(config: Any) -> ConfigDict:
-    """Return `config.model` for a network that `load` fills: a backbone's own weights would be fetched in vain."""
-    model = ConfigDict(configuration.plain(config.model))
-    if config.init_from and model.variant == "backbone":
-        model.weights = "none"
-    return model
-
-
 def load(config: Any, network: factory.Network) -> Start | None:
     """Give the student of a resolved configuration the weights of `init_from`, if there is one, and say what it was.
 
+    The network may come as `factory.build(load_weights=False)` leaves it: heads that don't come over are drawn here.
     Errors: UserError, with nothing assigned.
     """
     if not config.init_from:
@@ -95,6 +88,8 @@ def load(config: Any, network: factory.Network) -> Start | None:
         coming[paths.POSITIONS] = positions.resize(
             coming[paths.POSITIONS], slots=shape.slots, count=count, name=paths.POSITIONS
         )
+    # Only heads may be left to be drawn: the trunk is whole, or `_fit` had refused it.
+    paths.initialise(network.model, config.model.seed, loaded={path.rpartition("/")[0] for path in found.names})
     paths.assign(wanted, coming)
     return dataclasses.replace(found, identity=source.manifest["state_sha256"])
 

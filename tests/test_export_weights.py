@@ -194,7 +194,13 @@ def test_a_picture_that_is_not_square_is_answered_alike_in_transformers_and_timm
 @pytest.mark.parametrize("layout", ["timm", "huggingface"])
 @pytest.mark.parametrize("crop", [0.875, 1.0, 0.0])
 def test_a_network_that_goes_out_and_comes_back_is_the_same_for_pictures_too(tmp_path, layout, crop):
-    fields = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "crop_ratio": crop, "classes": ("rose", "tulip")}
+    fields = {
+        "norm_epsilon": 1e-3,
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.1, 0.2, 0.3),
+        "crop_ratio": crop,
+        "classes": ("rose", "tulip"),
+    }
     ckpt = family.checkpoint(tmp_path / "ours", DISTILLED, **fields)
     out, _ = export(ckpt, tmp_path, layout)
     convert.load(out, tmp_path / "again", variant=DISTILLED)

@@ -156,11 +156,38 @@ def test_a_network_of_one_head_starts_one_of_two_and_the_other_begins_anew(tmp_p
         load(config)
 
 
-def test_a_backbone_that_starts_from_a_checkpoint_needs_no_weights_of_its_own(tmp_path):
-    config = resolved(tmp_path, variant="backbone", weights="raw")
-    assert warm_start.before(config).weights == "none" and config.model.weights == "imagenet"
-    config = resolved("", variant="backbone")
-    assert warm_start.before(config).weights == "imagenet"
+@pytest.mark.parametrize("fields", [{"classes": ("d", "e")}, {"heads": "all"}])
+def test_a_network_that_was_not_drawn_gets_the_same_values_as_one_that_was(tmp_path, fields):
+    config = resolved(family.checkpoint(tmp_path / "ckpt", heads="cls"), **fields)
+    _, _, drawn = load(config)
+    network = factory.build(
+        config.model, num_classes=len(config.resolved.classes), image_size=32, precision="float32", load_weights=False
+    )
+    warm_start.load(config, network)
+    assert drawn["head_dist/kernel"].any()
+    assert all(np.array_equal(variable, drawn[path]) for path, variable in paths.variables(network.model))
+
+
+def test_a_backbone_that_starts_from_a_checkpoint_needs_no_weights_of_its_own(tmp_path, monkeypatch):
+    from deit import job, loop
+    from deit.models import cnn
+    from tests import devices
+
+    ckpt = family.checkpoint(tmp_path / "ckpt", "backbone", classes=tuple("01"), cut="conv_pw_1_relu")
+    real = cnn._construct
+    monkeypatch.setattr(cnn, "_construct", lambda *a, **k: pytest.fail("fetched") if "imagenet" in a else real(*a, **k))
+    config = base.get_config()
+    config.init_from, config.model.variant, config.model.cut = str(ckpt), "backbone", "conv_pw_1_relu"
+    config.data.name, config.data.train_split, config.data.eval_split = "digits:56", "train", "test"
+    config.data.image_size, config.global_batch, config.micro_batch, config.total_updates = 32, 8, 8, 1
+    config.optim.peak_lr = config.optim.warmup_epochs = 0.0
+    run = job.prepare(config, tmp_path / "run", replicas=1)
+    (tmp_path / "run").mkdir()
+    loop.train(run, strategy=devices.one_device())
+    now, before = stored(checkpoint.newest(tmp_path / "run", set_aside=False)), stored(ckpt)
+    assert now["head/kernel"].any() and not np.array_equal(now["head/kernel"], before["head/kernel"])
+    trunk = [path for path in before if not path.startswith("head/")]
+    assert trunk and all(np.array_equal(now[path], before[path]) for path in trunk)
 
 
 def test_the_start_is_pinned_by_the_digest_of_its_tensors(tmp_path):
