@@ -24,6 +24,15 @@ from tf_keras import (  # noqa: F401
     optimizers,
     utils,
 )
+from tf_keras.src.mixed_precision import autocast_variable
 
 if tf.keras.layers.Layer is not tf_keras.layers.Layer:
     raise ImportError("tf.keras was loaded before deit.keras: set TF_USE_LEGACY_KERAS=1 before importing TensorFlow")
+
+
+def uncast_variables():
+    """Return a context in which the variables of a mixed-precision layer are read as they are, in float32.
+
+    Legacy Keras has no public way: inside a layer's `call` they come rounded to its compute dtype.
+    """
+    return autocast_variable.enable_auto_cast_variables(None)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deit import keras
-from deit.models import paths, variants, vit
+from deit.models import fused, paths, variants, vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ def build(
     std: Sequence[float],
     drop_path: float,
     policy: Any,
+    fused_gradients: bool = False,
 ) -> tuple[Any, Any]:
     """Return the inference model and the training model of one set of variables (see `connect`)."""
     initializer = functools.partial(vit.truncated_normal, shape.stddev)
@@ -52,7 +53,7 @@ def build(
             dtype=policy,
         ),
         blocks=[
-            vit.Block(
+            (fused.Block if fused_gradients else vit.Block)(
                 shape.dim,
                 shape.num_heads,
                 rate=rate,

@@ -129,7 +129,7 @@ def _build(model_config: Any, sizes: dict[str, int], policy: Any, *, load_weight
     if name in _OTHERS:
         model, train_model = _OTHERS[name](**shared)
     else:
-        model, train_model = deit.build(shape, name, **shared)
+        model, train_model = deit.build(shape, name, **shared, fused_gradients=model_config.fused_gradients)
     if load_weights:
         paths.initialise(model, model_config.seed)
     drop_rates = tuple(rate for rate in shape.rates(model_config.drop_path) for _ in range(2))

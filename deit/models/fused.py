@@ -1,0 +1,214 @@
+"""The block with hand-written gradients that `model.fused_gradients` chooses: fewer passes over memory, less kept.
+
+Promises: variables, own paths and numbers of `vit.Block`, the order of roundings apart (1e-5 in float32); statistics,
+GELU and what is summed along a row are computed in float32 at least. Every formula here has its source beside it, and
+the rest of the model knows nothing of it. R = B * N rows, D channels, h heads of d channels.
+
+What is kept for the gradients of a micro-batch, for each block: two standardized inputs [R, D], q, k, v, attention
+[B, h, N, N], its output [R, D] and the MLP's hidden layer before GELU [R, 4 D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from deit import keras
+from deit.models import vit
+
+
+def one_pass(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile arithmetic on each value, or along a row, into one loop, where no GPU is.
+
+    TensorFlow's kernels would read and write memory once for every operation. On a GPU `xla` does it, for all of a
+    micro-batch: a compiler is not needed by who has not asked for it.
+    """
+    compiled = tf.function(call, autograph=False, jit_compile=True)
+    return lambda *args: (call if tf.config.list_physical_devices("GPU") else compiled)(*args)
+
+
+def _wide(x: tf.Tensor) -> tf.Tensor:
+    return tf.cast(x, tf.float32) if x.dtype in (tf.bfloat16, tf.float16) else x
+
+
+def _normal(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the normal distribution's Phi(x) and density phi(x)."""
+    return 0.5 + 0.5 * tf.math.erf(x * 0.5**0.5), tf.exp(-0.5 * x * x) * 0.3989422804014327  # 1 / sqrt(2 pi)
+
+
+@one_pass
+def _gelu(x: tf.Tensor) -> tf.Tensor:
+    wide = _wide(x)
+    return tf.cast(wide * _normal(wide)[0], x.dtype)
+
+
+@one_pass
+def _gelu_and_gradient(x: tf.Tensor, dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    wide = _wide(x)
+    cumulative, density = _normal(wide)
+    return tf.cast(wide * cumulative, x.dtype), tf.cast(_wide(dy) * (cumulative + wide * density), x.dtype)
+
+
+@tf.custom_gradient
+def gelu_dense(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """Return GELU(x) kernel + bias [R, D] of x [R, 4 D], with GELU(x) = x Phi(x) (arXiv:1606.08415).
+
+    Only x is kept: GELU(x), which the kernel's gradient needs, is computed again with its derivative
+    Phi(x) + x phi(x), in the same pass.
+    """
+    y = tf.nn.bias_add(tf.matmul(_gelu(x), kernel), bias)
+
+    def gradient(dy):
+        hidden, dx = _gelu_and_gradient(x, tf.matmul(dy, kernel, transpose_b=True))
+        return dx, tf.matmul(hidden, dy, transpose_a=True), tf.raw_ops.BiasAddGrad(out_backprop=dy)
+
+    return y, gradient
+
+
+@one_pass
+def _standardize(x: tf.Tensor, epsilon: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    centred = x - tf.reduce_mean(x, -1, keepdims=True)
+    scale = tf.math.rsqrt(tf.reduce_mean(centred * centred, -1, keepdims=True) + epsilon)
+    return centred * scale, scale
+
+
+@one_pass
+def _standardize_gradient(y: tf.Tensor, scale: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+    y, dy = _wide(y), _wide(dy)
+    along_y = tf.reduce_mean(dy * y, -1, keepdims=True)
+    return (dy - tf.reduce_mean(dy, -1, keepdims=True) - y * along_y) * scale
+
+
+def standardize(x: tf.Tensor, epsilon: float, dtype: Any) -> tf.Tensor:
+    """Return y = (x - mean) / sqrt(variance + epsilon) along the last axis, rounded to `dtype` (arXiv:1607.06450).
+
+    dx = (dy - mean(dy) - y mean(dy y)) / sqrt(variance + epsilon): y and the root are kept, x is not.
+    """
+
+    @tf.custom_gradient
+    def rounded(x):
+        y, scale = _standardize(x, tf.constant(epsilon, x.dtype))
+        y = tf.cast(y, dtype)
+        return y, lambda dy: _standardize_gradient(y, scale, dy)
+
+    return rounded(x)
+
+
+@one_pass
+def _row_sums(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(_wide(a) * _wide(b), -1)
+
+
+@one_pass
+def _score_gradient(weights: tf.Tensor, d_weights: tf.Tensor, sums: tf.Tensor) -> tf.Tensor:
+    return tf.cast(_wide(weights) * (_wide(d_weights) - sums), weights.dtype)
+
+
+@tf.custom_gradient
+def attention(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """Return O = P V [B, Q, h, d] with P = softmax(q k^T), of scaled q [B, h, Q, d], k and v [B, h, N, d].
+
+    With S = q k^T: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dq = dS k, dk = dS^T q (arXiv:2205.14135, appendix
+    B.2): the row sums of the softmax's gradient come from two small tensors instead of two of [B, h, Q, N].
+    """
+    weights = softmax(tf.matmul(q, k, transpose_b=True))
+    mixed = tf.transpose(tf.matmul(weights, v), [0, 2, 1, 3])
+
+    def gradient(dy):
+        sums = tf.transpose(_row_sums(dy, mixed), [0, 2, 1])[..., None]  # [B, h, Q, 1]
+        dy = tf.transpose(dy, [0, 2, 1, 3])
+        dv = tf.matmul(weights, dy, transpose_a=True)
+        scores = _score_gradient(weights, tf.matmul(dy, v, transpose_b=True), sums)
+        return tf.matmul(scores, k), tf.matmul(scores, q, transpose_a=True), dv
+
+    return mixed, gradient
+
+
+def softmax(scores: tf.Tensor) -> tf.Tensor:
+    """Return the softmax along the last axis, its sums in float32.
+
+    TensorFlow's kernels sum so by themselves, float16 on a CPU excepted.
+    """
+    if scores.dtype == tf.float16 and not tf.config.list_physical_devices("GPU"):
+        return tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), tf.float16)
+    return tf.nn.softmax(scores)
+
+
+@keras.utils.register_keras_serializable(package="deit", name="FusedBlock")
+class Block(vit.Block):
+    """`vit.Block` with the gradients above; scales that stand beside a dense layer are multiplied into its weights.
+
+    (y g + b) W + c = y (diag(g) W) + (b W + c) for a layer normalisation's scale g and shift b, and the same from the
+    other side for LayerScale and for attention's d^-.5: products of [D, 4 D] instead of passes over [R, 4 D].
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, autocast=False, **kwargs)  # the residual stream is float32
+
+    def build(self, shape: Any) -> None:
+        shape = tf.TensorShape(shape)
+        hidden = [*shape[:-1], 4 * self.dim]
+        for layer in (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1):
+            layer.build(shape)
+        self.mlp.fc2.build(hidden)
+        if self.layer_scale:
+            self.ls1.build(shape)
+            self.ls2.build(shape)
+        super().build(shape)
+
+    @vit.plain
+    def call(self, x: tf.Tensor, drop: tf.Tensor | None = None) -> tf.Tensor:
+        kept = (None, None) if drop is None else (drop[:, 0], drop[:, 1])
+        with keras.uncast_variables():
+            x = tf.cast(x, self.variable_dtype)
+            branch = self._attention(x)
+            x = x[:, : self.keep] if self.keep else x
+            x = vit.apply_branch(x, branch, kept[0], self.rate)
+            return vit.apply_branch(x, self._mlp(x), kept[1], self.rate)
+
+    def _attention(self, x: tf.Tensor) -> tf.Tensor:
+        count, heads, width = x.shape[1], self.heads, self.dim // self.heads
+        scale = tf.repeat(tf.constant([width**-0.5, 1.0, 1.0], self.variable_dtype), self.dim)
+        qkv = self._dense(self._rows(x), *_scaled(*_after(self.norm1, self.attn.qkv), scale))
+        q, k, v = tf.unstack(tf.transpose(tf.reshape(qkv, [-1, count, 3, heads, width]), [2, 0, 3, 1, 4]))
+        q = q[:, :, : self.keep] if self.keep else q
+        mixed = tf.reshape(attention(q, k, v), [-1, self.dim])
+        branch = self._dense(mixed, *_before(self.attn.proj, self.ls1 if self.layer_scale else None))
+        return self._branch(branch, self.keep or count)
+
+    def _mlp(self, x: tf.Tensor) -> tf.Tensor:
+        hidden = self._dense(self._rows(x), *_after(self.norm2, self.mlp.fc1))
+        kernel, bias = _before(self.mlp.fc2, self.ls2 if self.layer_scale else None)
+        branch = gelu_dense(hidden, self._rounded(kernel), self._rounded(bias))
+        return self._branch(branch, x.shape[1])
+
+    def _rows(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(standardize(x, self.epsilon, self.compute_dtype), [-1, self.dim])
+
+    def _dense(self, rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        # On rows, not on [B, N, D]: TensorFlow then adds the bias in the product's own kernel.
+        return tf.nn.bias_add(tf.matmul(rows, self._rounded(kernel)), self._rounded(bias))
+
+    def _branch(self, rows: tf.Tensor, count: int) -> tf.Tensor:
+        return tf.cast(tf.reshape(rows, [-1, count, self.dim]), self.variable_dtype)
+
+    def _rounded(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.cast(x, self.compute_dtype)
+
+
+def _after(norm: Any, dense: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return kernel and bias that do to a standardized input what `dense` does to `norm`'s output."""
+    kernel = tf.convert_to_tensor(dense.kernel)
+    return norm.gamma[:, None] * kernel, tf.linalg.matvec(kernel, norm.beta, transpose_a=True) + dense.bias
+
+
+def _before(dense: Any, layer_scale: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return kernel and bias of `dense` followed by LayerScale, or by nothing where that is None."""
+    kernel, bias = tf.convert_to_tensor(dense.kernel), tf.convert_to_tensor(dense.bias)
+    return (kernel, bias) if layer_scale is None else _scaled(kernel, bias, layer_scale.gamma)
+
+
+def _scaled(kernel: tf.Tensor, bias: tf.Tensor, scale: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    return kernel * scale, bias * scale
