@@ -175,6 +175,7 @@ _FREE = (
     "startup_seconds",
     "micro_batch",
     "max_skipped",
+    "model.fused_gradients",  # the order of roundings, as micro_batch
     "data.data_dir",
     "data.threads",
     "data.max_bad_fraction",

@@ -74,7 +74,7 @@ UNBOUNDED = {
     "data.data_dir", "data.train_split", "data.eval_split", "model.variant", "model.backbone", "model.weights",
     "model.cut", "optim.decay_coupled", "optim.decay_exclude", "optim.amsgrad", "augment.three_augment",
     "teacher.path", "teacher.name", "teacher.weights", "teacher.class_names", "teacher.background",
-    "teacher.cache_dir", "teacher.allow_ties", "xla",
+    "teacher.cache_dir", "teacher.allow_ties", "xla", "model.fused_gradients",
 }  # fmt: skip
 
 
