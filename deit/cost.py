@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow as tf
 
-_NO_BYTES = ("ReadVariableOp", "Const", "Placeholder", "Reshape", "Identity", "NoOp", "Shape", "ExpandDims")
+_NO_BYTES = (
+    "ReadVariableOp",
+    "Const",
+    "Placeholder",
+    "Reshape",
+    "Identity",
+    "IdentityN",
+    "NoOp",
+    "Shape",
+    "ExpandDims",
+)
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 # Control flow, whose branches and turns the graph leaves open, and products that no network here has.
 _UNCOUNTED = ("While", "If", "Case", "Conv", "BatchMatMul", "SparseMatMul", "CuDNN")
@@ -26,10 +36,18 @@ class Cost:
 
 
 def of(forward: Callable[[tf.Tensor], object], image_size: int) -> Cost:
-    """Return the cost of `forward` on images float32 [1, image_size, image_size, 3]; it is traced, not run."""
-    images = tf.TensorSpec([1, image_size, image_size, 3], tf.float32)
-    operations = list(_operations(tf.function(forward, autograph=False).get_concrete_function(images).graph))
-    return Cost(sum(map(_flops, operations)), sum(map(_bytes, operations)))
+    """Return the cost of `forward` on images float32 [1, image_size, image_size, 3]; it is traced, not run.
+
+    Bytes are those that a second image adds: weights that are cast or scaled for a whole batch are none of them.
+    """
+    traced = tf.function(forward, autograph=False)
+
+    def operations(count: int) -> list[tf.Operation]:
+        images = tf.TensorSpec([count, image_size, image_size, 3], tf.float32)
+        return list(_operations(traced.get_concrete_function(images).graph))
+
+    one, two = operations(1), operations(2)
+    return Cost(sum(map(_flops, one)), sum(map(_bytes, two)) - sum(map(_bytes, one)))
 
 
 def _operations(graph) -> Iterator[tf.Operation]:

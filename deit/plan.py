@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deit import config as configuration
-from deit import cost, errors, job, teachers, warm_start
+from deit import cost, errors, estimates, job, teachers, warm_start
 from deit.data import sources
 from deit.models import factory, paths
 from deit.teachers import labels
@@ -38,10 +38,16 @@ def describe(
     count, trained = sum(sizes.values()), sum(n for path, n in sizes.items() if paths.trains(path, o.train_only))
     copies = 2 + bool(o.ema_decay) + o.amsgrad  # two moments (Adam's, LAMB's), of what is trained
     disk = 4 * (count + trained * copies)
+    weights = 4.0 * (count + trained * (copies + 2))  # gradients of a micro-batch, their sum
+    calibrated = estimates.read(config.precision)
+    source = f"calibrated {calibrated.measured}" if calibrated else "estimate"
     memory = (
-        _BASE_MEMORY
-        + 4 * (2 * count + trained * (copies + 2))  # gradients of a micro-batch, their sum; the snapshot being written
-        + spent.activation_bytes * config.micro_batch * _ACTIVATION_FACTOR
+        (calibrated.base_bytes if calibrated else _BASE_MEMORY)
+        + weights
+        + disk  # the snapshot being written
+        + spent.activation_bytes
+        * config.micro_batch
+        * (calibrated.activation_factor if calibrated else _ACTIVATION_FACTOR)
         + 3 * config.data.image_size**2 * config.global_batch * 4  # uint8 batches in flight
     )
     rows = {
@@ -64,9 +70,36 @@ def describe(
         "precision": config.precision,
         "compute": _compute(spent.flops, teacher_flops, config),
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
-        "memory": f"about {memory / 1e9:.1f} GB without the teacher (estimate)",
+        "memory": f"about {memory / 1e9:.1f} GB without the teacher ({source})",
+        "speed here": _speed(spent, calibrated, config),
+        **_gpus(spent, weights, config),
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
+
+
+def _speed(spent: cost.Cost, calibrated: estimates.Calibration | None, config) -> str:
+    """Return images/s of the student's updates on this machine, and how long the run's take."""
+    if calibrated is None:
+        flag = "" if config.precision == "float32" else f" --config.precision={config.precision}"
+        return f"not calibrated: python tools/benchmark.py calibrate{flag} (two minutes)"
+    rate = calibrated.machine.images_per_sec(spent)
+    return (
+        f"about {rate:.3g} images/s of the student's updates, {_images(config) / rate / 3600:.3g} hours in all "
+        f"(calibrated {calibrated.measured}, {calibrated.worst:.0%} off at most there)"
+    )
+
+
+def _gpus(spent: cost.Cost, weights: float, config) -> dict[str, str]:
+    """Return a row on a V100 and one on other GPUs, from their data sheets."""
+    rates = {name: estimates.gpu_images_per_sec(gpu, spent, config.precision) for name, gpu in estimates.GPUS.items()}
+    memory = estimates.gpu_memory(spent, weights=weights, micro_batch=config.micro_batch)
+    first, *others = rates
+    own = f"about {rates[first]:,.0f} images/s of the student's updates"
+    room = (
+        f"{memory / 1e9:.1f} of {estimates.GPUS[first].memory / 1e9:.0f} GB for a micro-batch of {config.micro_batch}"
+    )
+    listed = ", ".join(f"{name} {rates[name]:,.0f}" for name in others)
+    return {first: f"{own}, {room} (estimate)", "other GPUs": f"{listed} images/s (estimates)"}
 
 
 def gpu_hours(flops: float, config) -> float:

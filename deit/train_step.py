@@ -202,15 +202,16 @@ def gradient_function(config, state: TrainState) -> Callable:
                 maximum_iterations=accum,
             )
         *total, sums, stop = _summed([*total, sums, tf.convert_to_tensor(stop)])
-        # Images that could not be read weigh 0: the mean is over those that could.
-        present = global_batch / tf.maximum(sums[3], 1.0)
-        factor = present / state.loss_scale
-        total = [gradient * factor for gradient in total]
-        norm = tf.linalg.global_norm(total)
-        finite = tf.math.is_finite(norm) & tf.math.is_finite(sums[0]) & (sums[3] > 0)
-        if config.optim.clip_norm:
-            total, _ = tf.clip_by_global_norm(total, config.optim.clip_norm, use_norm=norm)
-        sums = tf.concat([sums[:3] * present, [norm, sums[3], tf.cast(finite, tf.float32), stop]], 0)
+        with tf.name_scope("guard"):
+            # Images that could not be read weigh 0: the mean is over those that could.
+            present = global_batch / tf.maximum(sums[3], 1.0)
+            factor = present / state.loss_scale
+            total = [gradient * factor for gradient in total]
+            norm = tf.linalg.global_norm(total)
+            finite = tf.math.is_finite(norm) & tf.math.is_finite(sums[0]) & (sums[3] > 0)
+            if config.optim.clip_norm:
+                total, _ = tf.clip_by_global_norm(total, config.optim.clip_norm, use_norm=norm)
+            sums = tf.concat([sums[:3] * present, [norm, sums[3], tf.cast(finite, tf.float32), stop]], 0)
         return total, sums
 
     return gradients
@@ -258,9 +259,10 @@ def _apply(config, state: TrainState) -> Callable:
     scales = _scales(config, state)
 
     def apply(gradients):
-        optim.apply(state.optimizer, list(zip(gradients, variables)), decayed=decayed, scales=scales)
-        if averages:
-            ema.update(averages, variables, ema.decay_at(state.step, config.optim.ema_decay))
+        with tf.name_scope("optimizer"):  # as a profile groups it
+            optim.apply(state.optimizer, list(zip(gradients, variables)), decayed=decayed, scales=scales)
+            if averages:
+                ema.update(averages, variables, ema.decay_at(state.step, config.optim.ema_decay))
 
     return apply
 

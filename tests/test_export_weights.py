@@ -12,10 +12,11 @@ from PIL import Image
 from deit import convert, errors, export_weights, predict, saved
 from tests import family
 from tests.test_layouts import timm
-from tools import peers
+from tools import peer_packages, peers
 
 needs_peers = pytest.mark.skipif(
-    bool(peers.missing()), reason=f"{', '.join(peers.missing())} not installed: pip install -e '.[peers]'"
+    bool(peer_packages.missing()),
+    reason=f"{', '.join(peer_packages.missing())} not installed: pip install -e '.[peers]'",
 )
 PLAIN, DISTILLED, DEIT3 = "deit_micro_patch8_32", "deit_micro_distilled_patch8_32", "deit3_micro_patch8_32"
 
@@ -31,9 +32,9 @@ def export(ckpt, tmp_path, layout, **options):
 def opened(line, tmp_path):
     """Run the printed line in a module of its own, whose only imports are the line's, and return its model.
 
-    `peers.load` mends a torchvision that is not of torch's build.
+    `peer_packages.load` mends a torchvision that is not of torch's build.
     """
-    peers.load()
+    peer_packages.load()
     (tmp_path / "opened.py").write_text(line + "\n")
     spec = importlib.util.spec_from_file_location("opened", tmp_path / "opened.py")
     module = importlib.util.module_from_spec(spec)
@@ -175,7 +176,7 @@ def test_a_picture_that_is_not_square_is_answered_alike_in_transformers_and_timm
     ckpt = family.checkpoint(tmp_path / "ours", DISTILLED, crop_ratio=crop)
     opened_here = predict.open_network(str(ckpt))
     (answer,) = predict.pictures(opened_here, [str(tmp_path / "wide.png")], top=3)
-    torch, library, transformers = peers.load()
+    torch, library, transformers = peer_packages.load()
     for layout in ("huggingface", "timm"):
         out, line = export(ckpt, tmp_path / layout, layout)
         model = opened(line, tmp_path)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from deit.models import variants
-from tools import peers
+from tools import peer_packages, peers
 
 pytestmark = pytest.mark.skipif(
-    bool(peers.missing()), reason=f"{', '.join(peers.missing())} not installed: pip install -e '.[peers]'"
+    bool(peer_packages.missing()),
+    reason=f"{', '.join(peer_packages.missing())} not installed: pip install -e '.[peers]'",
 )
 LARGE = ("_base_", "_medium_", "_large_", "_huge_")
 SMALL = [case for case in peers.CASES if not any(size in case.variant for size in LARGE)]
@@ -55,7 +56,7 @@ def test_register_tokens_and_another_patch_are_timms(tmp_path, distilled):
 
     from deit import convert, saved
 
-    torch, timm, _ = peers.load()
+    torch, timm, _ = peer_packages.load()
     options = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 3}
     if distilled:
         model = timm.models.deit.VisionTransformerDistilled(**options)
@@ -80,7 +81,7 @@ def test_a_pickle_of_tensors_is_read_and_one_with_code_in_it_is_refused(tmp_path
 
     from deit import errors, weights_file
 
-    torch, _, _ = peers.load()
+    torch, _, _ = peer_packages.load()
     tensors = {"patch_embed.proj.weight": torch.arange(6.0).reshape(2, 3).T}
     torch.save({"model": tensors, "epoch": 3}, tmp_path / "plain.pth")
     read = weights_file.read(tmp_path / "plain.pth")

@@ -10,7 +10,7 @@ from configs import base
 from deit import errors
 from deit.models import deit, factory, paths, variants
 from tests.published import PARAMETERS
-from tools import peers
+from tools import peer_packages
 
 # design of arXiv:2012.12877: trunk alone
 WITHOUT_HEADS = {
@@ -88,9 +88,11 @@ def test_there_are_these_variants_and_no_others_and_their_sizes_are_the_publishe
     assert {name for name in SIZES if "_micro_" not in name} == PARAMETERS.keys()
 
 
-@pytest.mark.skipif(bool(peers.missing()), reason=f"{', '.join(peers.missing())} not installed: pip install '.[peers]'")
+@pytest.mark.skipif(
+    bool(peer_packages.missing()), reason=f"{', '.join(peer_packages.missing())} not installed: pip install '.[peers]'"
+)
 def test_every_published_name_is_timm_s_and_so_are_its_sizes():
-    torch, timm, _ = peers.load()
+    torch, timm, _ = peer_packages.load()
     published = {name for name in variants.names() if "_micro_" not in name}
     assert published == set(timm.list_models(["deit_*", "deit3_*"]))
     for name in published:

@@ -9,10 +9,11 @@ import pytest
 import safetensors.numpy
 
 from deit import errors, weights_file
-from tools import peers
+from tools import peer_packages
 
 needs_torch = pytest.mark.skipif(
-    "torch" in peers.missing(), reason="torch not installed: pip install -e '.[peers]' runs the tests of .pth files"
+    "torch" in peer_packages.missing(),
+    reason="torch not installed: pip install -e '.[peers]' runs the tests of .pth files",
 )
 
 

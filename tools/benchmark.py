@@ -1,8 +1,19 @@
 """Measure what a training run is made of, on this machine.
 
-python tools/benchmark.py accumulate [--config=FILE] [--rounds=3] [--updates=3] [--json]
-    One update with and without accumulation: images/s and peak memory, alternating, a process each. The images are
-    noise and the teacher's labels are given, so that nothing but the update is measured.
+python tools/benchmark.py train|eval|accumulate|memory|startup [--config=FILE] [--rounds=3] [--updates=3] [--json]
+    Updates, or evaluation, of the configured student on noise, the teacher's labels given, in processes that take
+    turns. train: images/s and peak memory of one micro-batch, the floor (its matrix products alone, at their shapes)
+    and the time by kind of operation; timm's update in turn with it, where torch and timm are installed (make peers).
+    eval: passes of 64 without gradients, with timm's. accumulate: global_batch against one micro-batch. memory: peaks
+    of smaller micro-batches. startup: seconds to the first update, by part.
+python tools/benchmark.py scaling [--config=FILE] [--updates=3] [--out=FILE.png] [--json]
+    The cost of an update against accum_steps 1 to 64 and image sizes 112 to 384 px: fitted laws, and a picture of them.
+python tools/benchmark.py set [--config=FILE] [--rounds=3] [--out=FILE.md] [--json]
+    All that speed and memory are judged by, tiny and small, float32 and bfloat16, with ratios to timm's: a table in
+    Markdown. `make bench` is this; half an hour on 2 cores, which must have nothing else to do.
+python tools/benchmark.py calibrate [--config=FILE]
+    Two minutes of measurements that let --mode=plan predict images/s and memory on this machine, kept in the user's
+    cache directory (XDG_CACHE_HOME).
 python tools/benchmark.py data [--config=FILE] [--recipe=config] [--images=2048] [--rounds=3] [--updates=3] [--json]
     The data stream stage by stage (read, decode+crop, augment, batch, mix): images/s, CPU time, the bottleneck; the
     images/s that the configured student takes; which of the two limits training, and by what factor.
@@ -22,6 +33,7 @@ python tools/benchmark.py checkpoint [--config=FILE] [--rounds=3] [--updates=3] 
     images) saved and without. No teacher, no mixing. It is written below the temporary directory: TMPDIR chooses.
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -54,15 +66,17 @@ STAND_IN = flags.DEFINE_boolean(
     "stand_in", True, "teacher: measure a stand-in of BiT-M R50x3 (random weights) instead of the configured teacher."
 )
 JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of lines.")
-MODES = "accumulate|data|teacher|workers|checkpoint"
+OUT = flags.DEFINE_string("out", "", "scaling: where the picture goes; set: where the table goes. Empty: nowhere.")
+SPEED = ("train", "eval", "accumulate", "memory", "startup", "scaling", "set")
+MODES = "|".join((*SPEED, "calibrate", "data", "teacher", "workers", "checkpoint"))
 USAGE = f"usage: python tools/benchmark.py {MODES} [--config=FILE]; --help lists the flags"
 
 
 def main(argv: list[str]) -> int:
-    """Dispatch. `update SIZE` is one measurement of `accumulate`, `worker` one process of `workers`."""
+    """Dispatch. `update|examine|evaluate SIZE` is one process of a measurement, `worker` one of `workers`."""
     words = argv[1:]
-    if len(words) == 2 and words[0] == "update" and words[1].isdecimal():
-        print(json.dumps(_update(int(words[1]))))
+    if len(words) == 2 and words[0] in ("update", "examine", "evaluate") and words[1].isdecimal():
+        print(json.dumps(_one(words[0], int(words[1]))))
     elif words == ["worker"]:
         _worker()
     elif len(words) == 1 and words[0] in COMMANDS:
@@ -76,25 +90,46 @@ def main(argv: list[str]) -> int:
 main.takes_arguments = True
 
 
-def _accumulate() -> tuple[dict, list[str]]:
-    _refuse(["peer", "images", "recipe", "timm_python"], "measures `data` and has no meaning for `accumulate`")
+def _speed(mode: str) -> tuple[dict, list[str]]:
+    """Measure train, eval, accumulate, memory, startup, scaling, or all of them: the set."""
+    _refuse_others(mode)
+    rules.validate(CONFIG.value)
+    from tools.benchmarks import scaling, speed, table
+
+    measure, lines = {
+        "train": (speed.train, speed.train_lines),
+        "eval": (speed.evaluation, speed.evaluation_lines),
+        "accumulate": (speed.accumulate, speed.accumulate_lines),
+        "memory": (speed.memory, speed.memory_lines),
+        "startup": (speed.startup, speed.startup_lines),
+        "scaling": (functools.partial(scaling.measure, picture=OUT.value), scaling.lines),
+        "set": (functools.partial(table.measure, out=OUT.value), table.lines),
+    }[mode]
+    result = measure(CONFIG.value, rounds=ROUNDS.value, command=_command(mode))
+    return result, lines(result)
+
+
+def _calibrate() -> tuple[dict, list[str]]:
+    _refuse_others("calibrate")
+    rules.validate(CONFIG.value)
+    from tools.benchmarks import calibrate
+
+    result = calibrate.measure(CONFIG.value, command=_command("calibrate"))
+    return result, calibrate.lines(result)
+
+
+def _command(mode: str) -> list[str]:
+    """Return this command without its mode: what a process of a measurement is started with."""
+    return [sys.executable, __file__, *(word for word in sys.argv[1:] if word != mode)]
+
+
+def _one(word: str, size: int) -> dict:
+    """Be one process of a measurement."""
     from tools.benchmarks import update
 
-    settings = [word for word in sys.argv[1:] if word != "accumulate"]
-    command = [sys.executable, __file__, *settings, "update"]
-    result = update.accumulate(CONFIG.value, rounds=ROUNDS.value, command=command)
-    sizes = (result["micro_batch"], result["global_batch"])
-    lines = [
-        f"one update of {size:>4}: {rate:6.2f} images/s  {peak:6.0f} MB peak"
-        for size, rate, peak in zip(sizes, result["images_per_sec"], result["peak_mb"])
-    ]
-    return result, [*lines, f"ratio             : {result['speed_ratio']:6.3f}           {result['memory_ratio']:6.3f}"]
-
-
-def _update(size: int) -> dict:
-    from tools.benchmarks import update
-
-    return update.noise(CONFIG.value, size, updates=UPDATES.value)
+    if word == "evaluate":
+        return update.evaluation(CONFIG.value, size, updates=UPDATES.value)
+    return update.noise(CONFIG.value, size, updates=UPDATES.value, examine=word == "examine")
 
 
 def _data() -> tuple[dict, list[str]]:
@@ -224,7 +259,8 @@ def _leave(code: int) -> None:
 
 
 COMMANDS = {
-    "accumulate": _accumulate,
+    **{mode: functools.partial(_speed, mode) for mode in SPEED},
+    "calibrate": _calibrate,
     "data": _data,
     "teacher": _teacher,
     "workers": _workers,

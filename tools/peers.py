@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 
 from deit import convert, export_weights, saved
 from deit.models import paths, variants
+from tools.peer_packages import load
 
 WITHIN = 1e-4  # absolute difference of a logit, float32
-NEEDED = ("torch", "torchvision", "timm", "transformers")
 _MEAN, _STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
@@ -56,30 +55,6 @@ class Row:
     def agrees(self) -> bool:
         """Whether the logits are the same within 1e-4 and the tensors came back, where that was asked."""
         return self.difference <= WITHIN and self.round_trip is not False  # nan is within nothing
-
-
-def missing() -> list[str]:
-    """Return which of the packages are not installed."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
-
-
-def load() -> tuple[Any, Any, Any]:
-    """Return (torch, timm, transformers)."""
-    import torch
-
-    # PyPI's torchvision is built for CUDA. Beside a torch for CPUs its compiled operations are absent, and it can't be
-    # imported for lack of these two names, which timm never calls.
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        load.library = library  # a library that is collected takes its names with it
-    import timm
-    import transformers
-
-    return torch, timm, transformers
 
 
 def compare(case: Case, *, classes: int = 1000) -> Row:

@@ -37,10 +37,10 @@ def main(_) -> int:
         wanted = re.compile(ONLY.value)
     except re.error as error:
         raise errors.UserError(f"--only ({ONLY.value}) must be a regular expression: {error}") from None
-    from tools import peers  # TensorFlow starts only now
+    from tools import peer_packages, peers  # TensorFlow starts only now
 
-    if peers.missing():
-        raise errors.UserError(f"{', '.join(peers.missing())} must be installed: pip install -e '.[peers]'")
+    if peer_packages.missing():
+        raise errors.UserError(f"{', '.join(peer_packages.missing())} must be installed: pip install -e '.[peers]'")
     cases = [case for case in peers.CASES if wanted.search(str(case))]
     if not cases:
         raise errors.UserError(f"--only ({ONLY.value}) is found in no comparison, such as {peers.CASES[0]}")

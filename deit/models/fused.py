@@ -19,14 +19,23 @@ from deit import keras
 from deit.models import vit
 
 
-def one_pass(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile arithmetic on each value, or along a row, into one loop, where no GPU is.
+def one_pass(scope: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile arithmetic on each value, or along a row, into one loop, where no GPU is; a profile names it `scope`.
 
     TensorFlow's kernels would read and write memory once for every operation. On a GPU `xla` does it, for all of a
     micro-batch: a compiler is not needed by who has not asked for it.
     """
-    compiled = tf.function(call, autograph=False, jit_compile=True)
-    return lambda *args: (call if tf.config.list_physical_devices("GPU") else compiled)(*args)
+
+    def decorate(call):
+        compiled = tf.function(call, autograph=False, jit_compile=True)
+
+        def either(*args):
+            with tf.name_scope(scope):
+                return (call if tf.config.list_physical_devices("GPU") else compiled)(*args)
+
+        return either
+
+    return decorate
 
 
 def _wide(x: tf.Tensor) -> tf.Tensor:
@@ -51,13 +60,13 @@ def _add_bias(x: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     return tf.nn.bias_add(x, bias), lambda dy: (dy, _column_sums(dy))
 
 
-@one_pass
+@one_pass("gelu")
 def _gelu(x: tf.Tensor) -> tf.Tensor:
     wide = _wide(x)
     return tf.cast(wide * _normal(wide)[0], x.dtype)
 
 
-@one_pass
+@one_pass("gelu")
 def _gelu_and_gradient(x: tf.Tensor, dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     wide = _wide(x)
     cumulative, density = _normal(wide)
@@ -80,14 +89,14 @@ def gelu_dense(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Ten
     return y, gradient
 
 
-@one_pass
+@one_pass("layer_norm")
 def _standardize(x: tf.Tensor, epsilon: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     centred = x - tf.reduce_mean(x, -1, keepdims=True)
     scale = tf.math.rsqrt(tf.reduce_mean(centred * centred, -1, keepdims=True) + epsilon)
     return centred * scale, scale
 
 
-@one_pass
+@one_pass("layer_norm")
 def _standardize_gradient(y: tf.Tensor, scale: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
     y, dy = _wide(y), _wide(dy)
     along_y = tf.reduce_mean(dy * y, -1, keepdims=True)
@@ -109,12 +118,12 @@ def standardize(x: tf.Tensor, epsilon: float, dtype: Any) -> tf.Tensor:
     return rounded(x)
 
 
-@one_pass
+@one_pass("softmax")
 def _row_sums(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(_wide(a) * _wide(b), -1)
 
 
-@one_pass
+@one_pass("softmax")
 def _score_gradient(weights: tf.Tensor, d_weights: tf.Tensor, sums: tf.Tensor) -> tf.Tensor:
     return tf.cast(_wide(weights) * (_wide(d_weights) - sums), weights.dtype)
 

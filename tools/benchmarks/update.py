@@ -1,24 +1,26 @@
-"""Time updates of a configured student: with and without accumulation, and at the side of its data stream.
+"""Time updates, and evaluations, of a configured student in this process.
 
 Promises: nothing but the update is timed; the teacher's labels are given, so a teacher's own forward pass is not in it.
 """
 
-import json
+import dataclasses
 import math
+import os
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from deit import config as configuration
-from deit import errors, runtime, train_step
+from deit import evaluate, runtime, train_step
 from deit.models import factory
 from deit.teachers import labels
+from tools.benchmarks import groups, products
 
 _CLASSES = 5
 
@@ -34,50 +36,75 @@ class GivenLabels:
         return tf.reshape(images, [images.shape[0], -1])[:, : self.num_classes]
 
 
-def accumulate(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
-    """Alternate processes of one micro-batch and of a whole global batch; return medians and ratios of both.
+def noise(config, size: int, *, updates: int, examine: bool = False) -> dict[str, Any]:
+    """Time updates of `size` images of noise in this process, from its start on.
 
-    `command SIZE` runs `noise` on batches of SIZE images and prints its result as JSON in the last line.
+    Returns images_per_sec (median after the first two), peak_mb (resident, of the process so far), startup (seconds of
+    import, build, trace, optimise, run until the first update is done). `examine` adds, of updates of one micro-batch,
+    floor_seconds (its matrix products alone) and groups (seconds by kind of operation).
     """
-    one, whole = config.micro_batch, config.global_batch
-    if one == whole:
-        raise errors.UserError(f"global_batch ({whole}) must be larger than micro_batch to compare them")
-    found: dict[int, list[dict]] = {one: [], whole: []}
-    for _ in range(rounds):
-        for size in found:
-            done = subprocess.run([*command, str(size)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise errors.UserError(f"the measurement ended with exit code {done.returncode}: {last}")
-            found[size].append(json.loads(done.stdout.splitlines()[-1]))
-    rates, peaks = ({size: statistics.median(r[key] for r in runs) for size, runs in found.items()}
-                    for key in ("images_per_sec", "peak_mb"))  # fmt: skip
-    return {
-        "micro_batch": one, "global_batch": whole,
-        "images_per_sec": [rates[one], rates[whole]], "peak_mb": [peaks[one], peaks[whole]],
-        "speed_ratio": rates[whole] / rates[one], "memory_ratio": peaks[whole] / peaks[one],
-    }  # fmt: skip
-
-
-def noise(config, size: int, *, updates: int) -> dict[str, float]:
-    """Time updates of `size` images of noise in this process: median images/s after the first two, peak resident MB."""
+    passed = {"import": age()}
     runtime.prepare(config.precision)
     config = copy_of(config, {"global_batch": size, "augment.mixup": 0.0, "augment.cutmix": 0.0})
+    started = time.perf_counter()
     update, network = student(config, classes=[str(i) for i in range(_CLASSES)], train_size=1000)
+    batch = pictures(size, config.data.image_size, len(network.drop_rates))
+    passed["build"], started = time.perf_counter() - started, time.perf_counter()
+    graph = update.trace(batch)
+    passed["trace"] = time.perf_counter() - started
+    seconds = timed(lambda: update(batch), max(updates, 12) if size <= config.micro_batch else updates)
+    usual = statistics.median(seconds[2:])
+    passed |= {"optimise": max(0.0, seconds[0] - usual), "run": usual}
+    found = {"images_per_sec": size / usual, "peak_mb": peak(), "startup": passed}
+    if examine:
+        found["floor_seconds"] = products.seconds(products.of(graph))
+        found["groups"] = groups.measure(lambda: update(batch), runs=3)
+    return found
+
+
+def evaluation(config, size: int, *, updates: int) -> dict[str, float]:
+    """Time the evaluation of `size` images of noise in this process: median images/s after the first two, peak MB."""
+    runtime.prepare(config.precision)
+    with runtime.one_device().scope():
+        network = factory.build(
+            config.model, num_classes=_CLASSES, image_size=config.data.image_size, precision=config.precision
+        )
+    predict, images = evaluate.predictor(network), pictures(size, config.data.image_size, 0)["image"]
+    seconds = timed(lambda: predict(images)["top1"], max(updates, 8))
+    return {"images_per_sec": size / statistics.median(seconds[2:]), "peak_mb": peak()}
+
+
+def pictures(size: int, side: int, branches: int) -> dict[str, tf.Tensor]:
+    """Return a batch of noise as the stream hands it out."""
     rng = np.random.default_rng(0)
-    side = config.data.image_size
-    batch = {
+    return {
         "image": tf.constant(rng.integers(0, 256, [size, side, side, 3], np.uint8)),
         "label": tf.constant(rng.integers(0, _CLASSES, [size]).astype("i4")),
         "weight": tf.ones([size]),
         "position": tf.range(size, dtype=tf.int64),
-        "drop": tf.constant((rng.random([size, len(network.drop_rates)]) > 0.1).astype("f4")),
+        "drop": tf.constant((rng.random([size, branches]) > 0.1).astype("f4")),
     }
-    wanted = updates if size > config.micro_batch else max(updates, 12)
-    return {
-        "images_per_sec": rate(update, batch, updates=wanted),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+
+
+def timed(run: Callable, count: int) -> list[float]:
+    """Return the seconds of `count` runs after two, and of those two before them."""
+    seconds = []
+    for _ in range(count + 2):
+        started = time.perf_counter()
+        run().numpy()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def peak() -> float:
+    """Return the largest resident memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def age() -> float:
+    """Return for how many seconds this process has been running (Linux)."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def whole_groups(config) -> int:
@@ -94,7 +121,23 @@ def copy_of(config, changes: dict[str, Any]) -> Any:
     return copied
 
 
-def student(config, *, classes: Sequence[str], train_size: int) -> tuple[Callable, factory.Network]:
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An update whose teacher's answers, where there is one, are a cheap function of the pictures."""
+
+    update: Any
+    label: Any  # None without a teacher
+
+    def __call__(self, batch: dict[str, tf.Tensor]) -> tf.Tensor:
+        return self.update(batch, None if self.label is None else self.label(batch))
+
+    def trace(self, batch: dict[str, tf.Tensor]) -> tf.Graph:
+        """Trace the update for batches like this one and return its graph, as `__call__` will run it."""
+        answers = None if self.label is None else self.label(batch)
+        return self.update.get_concrete_function(batch, answers).graph
+
+
+def student(config, *, classes: Sequence[str], train_size: int) -> tuple[Step, factory.Network]:
     """Return the update of a new student on one device, and the student."""
     strategy = runtime.one_device()
     resolved = configuration.resolve(
@@ -107,16 +150,10 @@ def student(config, *, classes: Sequence[str], train_size: int) -> tuple[Callabl
         state = train_step.create_state(resolved, network)
     update = train_step.make(resolved, strategy, state)
     if resolved.distill.kind == "none":
-        return update, network
-    label = tf.function(labels.function(resolved, GivenLabels(len(classes))))
-    return lambda batch: update(batch, label(batch)), network
+        return Step(update, None), network
+    return Step(update, tf.function(labels.function(resolved, GivenLabels(len(classes))))), network
 
 
 def rate(update: Callable, batch: dict[str, tf.Tensor], *, updates: int) -> float:
     """Return images/s by the median time of `updates` updates, after two that are not counted."""
-    seconds = []
-    for _ in range(updates + 2):
-        started = time.perf_counter()
-        update(batch).numpy()
-        seconds.append(time.perf_counter() - started)
-    return batch["image"].shape[0] / statistics.median(seconds[2:])
+    return batch["image"].shape[0] / statistics.median(timed(lambda: update(batch), updates)[2:])
