@@ -41,13 +41,18 @@ def of(forward: Callable[[tf.Tensor], object], image_size: int) -> Cost:
     Bytes are those that a second image adds: weights that are cast or scaled for a whole batch are none of them.
     """
     traced = tf.function(forward, autograph=False)
-
-    def operations(count: int) -> list[tf.Operation]:
-        images = tf.TensorSpec([count, image_size, image_size, 3], tf.float32)
-        return list(_operations(traced.get_concrete_function(images).graph))
-
-    one, two = operations(1), operations(2)
+    one, two = (_traced(traced, count, image_size) for count in (1, 2))
     return Cost(sum(map(_flops, one)), sum(map(_bytes, two)) - sum(map(_bytes, one)))
+
+
+def flops(forward: Callable[[tf.Tensor], object], image_size: int) -> float:
+    """Return the floating-point operations of `of` alone: `forward` need not take two images at once."""
+    return sum(map(_flops, _traced(tf.function(forward, autograph=False), 1, image_size)))
+
+
+def _traced(forward: Callable, count: int, image_size: int) -> list[tf.Operation]:
+    images = tf.TensorSpec([count, image_size, image_size, 3], tf.float32)
+    return list(_operations(forward.get_concrete_function(images).graph))
 
 
 def _operations(graph) -> Iterator[tf.Operation]:

@@ -339,7 +339,10 @@ def test_real_updates_are_saved_one_by_one_and_the_newest_checkpoint_is_whole(tm
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "usage: python tools/benchmark.py accumulate|data|teacher"),
+        (
+            (),
+            "usage: python tools/benchmark.py train|eval|accumulate|memory|startup|scaling|set|calibrate|data|teacher",
+        ),
         (("speed",), "'speed' is no measurement; usage"),
         (("accumulate", "--peer"), "--peer measures `data` and has no meaning for `accumulate`"),
         (("accumulate", "--images=8"), "--images measures `data`"),

@@ -9,7 +9,7 @@ from deit import cost, keras
 
 
 def counted(forward, size=16):
-    return cost.of(forward, size).flops
+    return cost.flops(forward, size)
 
 
 def test_products_and_convolutions_are_counted_by_their_definition():
@@ -62,3 +62,12 @@ def test_control_flow_and_unknown_products_are_no_number():
 def test_published_networks_cost_what_their_papers_say(name, multiply_adds):
     network = getattr(keras.applications, name)(weights=None)
     assert counted(lambda images: network(images, training=False), 224) == pytest.approx(2 * multiply_adds, rel=0.02)
+
+
+def test_bytes_are_those_of_an_image_and_not_of_weights_that_are_cast_for_all():
+    kernel = tf.Variable(tf.zeros([16 * 16 * 3, 7]))
+
+    def forward(x):
+        return tf.matmul(tf.cast(tf.reshape(x, [-1, 16 * 16 * 3]), tf.bfloat16), tf.cast(kernel, tf.bfloat16))
+
+    assert cost.of(forward, 16).activation_bytes == 2 * (16 * 16 * 3 + 7)

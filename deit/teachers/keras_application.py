@@ -59,8 +59,8 @@ def describe(config, num_classes: int) -> base.Described:
     network = _construct(config, num_classes=count, weights=None)
     line = f"{teacher.name} ({teacher.weights}), {network.count_params():,} parameters"
     wanted = _input(config)
-    spent = cost.of(lambda images: network(images, training=False), wanted.size)
-    return base.Described(base.described(line, wanted), spent.flops)
+    flops = cost.flops(lambda images: network(images, training=False), wanted.size)
+    return base.Described(base.described(line, wanted), flops)
 
 
 def identity(config, *, workdir: Path) -> str:

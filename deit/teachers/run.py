@@ -121,8 +121,8 @@ def _described(where: str, config, num_classes: int) -> base.Described:
         load_weights=False,
     )
     line = f"{where}: {config.model.variant}, {base.count(network.model.weights):,} parameters"
-    spent = cost.of(network.logits, network.image_size)
-    return base.Described(base.described(line, _input(config)), spent.flops)
+    flops = cost.flops(network.logits, network.image_size)
+    return base.Described(base.described(line, _input(config)), flops)
 
 
 def _named(path: str | Path, error: errors.UserError) -> errors.UserError:

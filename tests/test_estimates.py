@@ -1,0 +1,108 @@
+"""Predictions of speed and memory against numbers worked out by hand, and the file that calibrations are kept in."""
+
+import numpy as np
+import pytest
+
+from configs import base
+from deit import cost, estimates, plan
+from deit.models import factory
+from tools.benchmarks import calibrate
+
+
+def test_an_update_takes_three_passes_of_products_and_of_bytes_that_are_written_and_read():
+    machine = estimates.Machine(flops=1e12, bandwidth=1e11)
+    spent = cost.Cost(flops=2e9, activation_bytes=5e7)
+    assert machine.images_per_sec(spent) == pytest.approx(1 / (3 * (0.002 + 0.001)))
+
+
+def test_a_gpu_is_taken_at_half_of_its_data_sheet_in_the_precision_asked_for():
+    spent = cost.Cost(flops=15.7e9, activation_bytes=0.0)
+    v100 = estimates.GPUS["V100-16GB"]
+    assert estimates.gpu_images_per_sec(v100, spent, "float32") == pytest.approx(1000 * 0.5 / 3)
+    assert estimates.gpu_images_per_sec(v100, spent, "tf32") == pytest.approx(1000 * 0.5 / 3)  # a V100 has none
+    assert estimates.gpu_images_per_sec(v100, spent, "mixed_float16") == pytest.approx(1000 * 125 / 15.7 * 0.5 / 3)
+    a100 = estimates.GPUS["A100-40GB"]
+    assert estimates.gpu_images_per_sec(a100, spent, "tf32") == pytest.approx(156e12 / 15.7e9 * 0.5 / 3)
+
+
+def test_deit_b_on_a_v100_is_not_promised_more_than_twice_what_the_paper_measured():
+    """53 hours of 8 V100 for 300 epochs of 1,281,167 images: 252 images/s each (arXiv:2012.12877, section 5.6)."""
+    measured = 300 * 1_281_167 / (53 * 3600 * 8)
+    c = base.get_config()
+    c.model.variant = "deit_base_patch16_224"
+    network = factory.build(c.model, num_classes=1000, image_size=224, precision="mixed_float16", load_weights=False)
+    spent = cost.of(network.logits, 224)
+    predicted = estimates.gpu_images_per_sec(estimates.GPUS["V100-16GB"], spent, "mixed_float16")
+    assert 0.5 < predicted / measured < 2
+
+
+def test_a_machine_s_two_rates_are_found_again_from_its_own_updates():
+    machine = estimates.Machine(flops=2e11, bandwidth=3e10)
+    costs = [cost.Cost(f, b) for f, b in ((1e9, 1e8), (2e9, 1e8), (9e9, 2e8))]
+    found, worst = calibrate.fit(costs, [1 / machine.images_per_sec(spent) for spent in costs])
+    np.testing.assert_allclose([found.flops, found.bandwidth], [2e11, 3e10], rtol=1e-6)
+    assert worst < 1e-6
+
+
+def test_where_bytes_explain_nothing_products_explain_all():
+    costs = [cost.Cost(1e9, 2e8), cost.Cost(4e9, 1e8)]
+    found, worst = calibrate.fit(costs, [3 * 1e9 / 1e11, 3.3 * 4e9 / 1e11])
+    assert 0 < found.flops < np.inf and found.bandwidth > 1e300
+    assert worst < 0.1
+    assert found.images_per_sec(costs[0]) == pytest.approx(found.flops / 3e9, rel=1e-6)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "deit" / "calibration.json"
+
+
+def known(date="2026-01-02"):
+    return estimates.Calibration(estimates.Machine(1e11, 1e10), 5e8, 0.5, 0.04, date)
+
+
+def test_a_calibration_is_read_as_it_was_written_beside_those_of_other_precisions(cache):
+    assert estimates.read("float32") is None
+    assert estimates.write("float32", known()) == cache
+    estimates.write("mixed_bfloat16", known("2026-03-04"))
+    assert estimates.read("float32") == known()
+    assert estimates.read("mixed_bfloat16") == known("2026-03-04")
+    assert estimates.read("mixed_float16") is None
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 0}'])
+def test_a_damaged_calibration_is_none_and_is_written_anew(cache, damage):
+    estimates.write("float32", known())
+    cache.write_text(damage)
+    assert estimates.read("float32") is None
+    estimates.write("float32", known())
+    assert estimates.read("float32") == known()
+
+
+def rows(config):
+    lines = (line.strip().partition("  ") for line in plan.offline(config, replicas=1).splitlines())
+    return {name: text.strip() for name, _, text in lines}
+
+
+def test_the_plan_says_how_to_calibrate_and_afterwards_what_the_calibration_predicts(cache):
+    c = base.get_config()
+    c.data.name, c.data.train_split, c.data.eval_split = "digits", "train", "test"
+    c.model.variant, c.data.image_size, c.total_updates, c.precision = (
+        "deit_micro_patch8_32",
+        32,
+        1000,
+        "mixed_bfloat16",
+    )
+    found = rows(c)
+    assert found["speed here"].startswith(
+        "not calibrated: python tools/benchmark.py calibrate --config.precision=mixed_bfloat16"
+    )
+    assert found["memory"].endswith("(estimate)")
+    assert found["V100-16GB"].endswith("of 16 GB for a micro-batch of 16 (estimate)")
+    assert found["other GPUs"].count(",") >= 4 and found["other GPUs"].endswith("images/s (estimates)")
+    estimates.write("mixed_bfloat16", known())
+    found = rows(c)
+    assert found["memory"].endswith("(calibrated 2026-01-02)")
+    rate, hours = (float(found["speed here"].split()[i]) for i in (1, 7))
+    assert hours == pytest.approx(1000 * 256 / rate / 3600, rel=0.02)

@@ -1,0 +1,244 @@
+"""Speed and memory: floors counted by hand, groups by name, fits of made-up laws, and small measurements for real."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from configs import quickstart
+from deit import errors
+from tests.test_benchmark import REPOSITORY
+from tools import peer_packages
+from tools.benchmarks import groups, products, scaling, sides, speed, table, update
+
+
+def graph_of(function, *shapes):
+    return tf.function(function, autograph=False).get_concrete_function(*(tf.TensorSpec(s) for s in shapes)).graph
+
+
+def test_the_products_of_a_graph_are_counted_with_their_gradients_by_definition():
+    def trained(x, w):
+        with tf.GradientTape() as tape:
+            tape.watch([x, w])
+            loss = tf.reduce_sum(tf.matmul(x, w) ** 2)
+        return tape.gradient(loss, [x, w])
+
+    found = products.of(graph_of(trained, [6, 4], [4, 10]))
+    assert sum(found.values()) == 3
+    assert {product.flops for product in found} == {2 * 6 * 4 * 10}
+
+
+def test_a_convolution_and_the_gradient_of_its_kernel_cost_the_same_and_what_nobody_needs_costs_nothing():
+    def trained(images, kernel):
+        with tf.GradientTape() as tape:
+            tape.watch([images, kernel])
+            y = tf.nn.conv2d(images, kernel, 4, "VALID")
+        return tape.gradient(y, [images, kernel])[1]  # the gradient of the images is built, and never run
+
+    found = products.of(graph_of(trained, [2, 8, 8, 3], [4, 4, 3, 5]))
+    flops = 2 * (2 * 2 * 2 * 5) * (4 * 4 * 3)
+    assert {product.kind: product.flops for product in found} == {"Conv2DBackpropFilter": flops}
+    whole = products.of(graph_of(lambda x, k: tf.nn.conv2d(x, k, 4, "VALID"), [2, 8, 8, 3], [4, 4, 3, 5]))
+    assert [(product.kind, product.flops) for product in whole] == [("Conv2D", flops)]
+
+
+def test_products_of_batches_are_told_apart_by_shape_and_transposition():
+    def attention(q, k):
+        return tf.matmul(q, k, transpose_b=True), tf.matmul(q, k, transpose_b=True), tf.matmul(k, q, transpose_a=True)
+
+    found = products.of(graph_of(attention, [3, 5, 7], [3, 5, 7]))
+    assert sorted(found.values()) == [1, 2]
+    assert {product.flops for product in found} == {2 * 3 * 5 * 5 * 7, 2 * 3 * 7 * 7 * 5}
+    assert products.seconds(found, repeats=1) > 0
+
+
+def test_a_loop_is_refused_because_its_turns_are_not_known():
+    def looped(x):
+        return tf.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, tf.matmul(y, y)), (0, x))
+
+    with pytest.raises(ValueError, match="is a loop"):
+        products.of(graph_of(looped, [2, 2]))
+
+
+@pytest.mark.parametrize(
+    "name, group",
+    [
+        ("net_training/blocks.3/MatMul_1:_MklBatchMatMulV2", "matrix products"),
+        ("net/patch_embed/proj/BiasAdd:_MklNativeFusedConv2D", "matrix products"),
+        ("gelu_17/PartitionedCall:PartitionedCall", "GELU"),
+        ("gradient_tape/net/blocks.0/mlp/Gelu/mul_1/Mul:Mul", "GELU"),
+        ("net/blocks.1/layer_norm_1/PartitionedCall:PartitionedCall", "LayerNorm"),
+        ("gradient_tape/net/blocks.0/norm1/batchnorm/mul/Sum:Sum", "LayerNorm"),
+        ("net/normalize/sub:Sub", "input"),
+        ("softmax_3/PartitionedCall:PartitionedCall", "attention softmax"),
+        ("net/blocks.0/Softmax:_MklSoftmax", "attention softmax"),
+        ("cond/optimizer/optimizer/update_7/ResourceApplyAdam:ResourceApplyAdam", "optimizer"),
+        ("guard/mul_4:Mul", "optimizer"),
+        ("net/blocks.5/add_1:AddV2", "bias and residual"),
+        ("net/blocks.5/transpose:_MklTranspose", "layout"),
+        ("IsFinite:IsFinite", "other"),
+    ],
+)
+def test_a_kernel_is_in_the_group_that_its_scope_and_type_say(name, group):
+    assert groups.group(name) == group
+
+
+def small(**changes):
+    """Return digits with a small network, micro-batches of 4."""
+    fields = {"global_batch": 8, "micro_batch": 4, "model.variant": "deit_micro_distilled_patch8_32"}
+    return update.copy_of(quickstart.get_config("distilled"), fields | changes)
+
+
+def test_the_profile_of_an_update_has_every_group_and_no_more_time_than_went_by():
+    step, network = update.student(small(global_batch=4), classes=list("abcde"), train_size=100)
+    batch = update.pictures(4, 32, len(network.drop_rates))
+    seconds = update.timed(lambda: step(batch), 4)
+    found = groups.measure(lambda: step(batch), runs=2)
+    named = {"matrix products", "attention softmax", "GELU", "LayerNorm", "optimizer", "input"}
+    assert named <= found.keys()
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert 0 < sum(found.values()) < 20 * max(seconds)
+    assert products.of(step.trace(batch))
+
+
+def test_two_laws_are_found_again_from_their_own_values():
+    x = np.array([1, 2, 4, 8, 16])
+    line = scaling.fit(x, 0.02 + 0.7 * x, powers=(0, 1))
+    np.testing.assert_allclose(line["coefficients"], [0.02, 0.7], rtol=1e-9)
+    assert line["worst"] < 1e-9
+    square = scaling.fit(x, 3e-4 * x + 2e-7 * x**2, powers=(1, 2))
+    np.testing.assert_allclose(scaling.law(square, np.array([100])), [0.03 + 0.002], rtol=1e-9)
+
+
+def test_a_measurement_that_leaves_its_law_is_told_by_how_much():
+    assert scaling.fit([1, 2, 3], [1.0, 2.0, 4.0], powers=(0, 1))["worst"] > 0.05
+
+
+def test_the_picture_of_both_laws_is_a_picture(tmp_path):
+    result = {
+        "model": "m", "precision": "float32", "micro_batch": 4, "accum_steps": [1, 2, 4], "update_seconds": [1, 2, 4],
+        "accum_peak_mb": [500, 510, 520], "image_size": [16, 32, 64], "tokens": [5, 17, 65],
+        "image_seconds": [0.1, 0.3, 1.2], "size_peak_mb": [400, 500, 900],
+    }  # fmt: skip
+    result["accum_law"] = scaling.fit(result["accum_steps"], result["update_seconds"], powers=(0, 1))
+    result["token_law"] = scaling.fit(result["tokens"], result["image_seconds"], powers=(1, 2))
+    scaling.draw(result, tmp_path / "new" / "laws.png")
+    height, width, _ = tf.io.decode_png((tmp_path / "new" / "laws.png").read_bytes()).shape
+    assert width > 800 and height > 300
+    assert len(scaling.lines(result)) == 8
+
+
+def printing(value) -> sides.Side:
+    return sides.Side((sys.executable, "-c", f"print('noise'); print('{json.dumps(value)}')"))
+
+
+def test_sides_take_turns_and_their_medians_and_rounds_are_kept():
+    runs = sides.alternate({"a": printing({"images_per_sec": 2.0, "peak_mb": 5.0})}, rounds=3, said="test")
+    assert sides.summary(runs["a"]) == {"images_per_sec": 2.0, "rounds": [2.0] * 3, "peak_mb": 5.0}
+
+
+def test_a_side_that_fails_ends_the_measurement_with_its_last_line():
+    broken = sides.Side((sys.executable, "-c", "raise SystemExit('no such network')"))
+    with pytest.raises(errors.UserError, match="of theirs ended with exit code 1: no such network"):
+        sides.alternate({"theirs": broken}, rounds=1, said="test")
+
+
+def test_timm_is_no_side_for_a_network_that_it_does_not_have():
+    assert sides.peer(small(), "train", 4) is None
+    assert sides.peer(small(**{"model.variant": "keras_example"}), "train", 4) is None
+    assert sides.peer(small(precision="mixed_float16"), "train", 4) is None
+
+
+def found(ours, theirs, **more):
+    side = {"images_per_sec": ours, "rounds": [ours] * 2, "peak_mb": 800.0}
+    other = {"images_per_sec": theirs, "rounds": [theirs] * 2, "peak_mb": 1000.0}
+    ratio = {"images_per_sec": ours / theirs, "rounds": [ours / theirs] * 2, "peak_mb": 0.8}
+    return {"ours": side, "timm": other, "ratio": ratio, "batch": 16, **more}
+
+
+def test_the_table_has_a_row_a_measurement_and_says_what_could_not_be_measured():
+    result = {
+        "train": {"tiny float32": found(30.0, 20.0, floor_fraction=0.9, floor_seconds=0.5, groups={"GELU": 0.1})},
+        "eval": {"tiny float32": found(60.0, 50.0)},
+        "accumulate": {
+            "micro_batch": 16,
+            "global_batch": 256,
+            "speed_ratio": 0.98,
+            "memory_ratio": 1.05,
+            "images_per_sec": [30.0, 29.4],
+        },
+        "startup": {"seconds": {"import": 2.0, "trace": 3.0}, "total": 5.0, "batch": 256},
+        "optimizer_share": 0.011,
+        "summaries_share": 0.0001,
+        "checkpoint": {"missing": "tf_flowers is not prepared"},
+    }
+    rows = table.markdown(result)
+    train = "| train tiny float32, 16 | 30.00 | 20.00 | **1.50** (1.50 to 1.50) | 800 | 1000 | 0.80 | 0.900 |"
+    assert rows[2] == train and rows[3].endswith("| **1.20** (1.20 to 1.20) | 800 | 1000 | 0.80 | - |")
+    assert {row.count("|") for row in rows[:4]} == {9}
+    assert "- first update of 256 done after 5.00 s: import 2.00, trace 3.00" in rows
+    assert "- a checkpoint was not measured: tf_flowers is not prepared" in rows
+
+
+def test_the_lines_of_train_name_floor_groups_and_ratio():
+    result = found(30.0, 20.0, floor_fraction=0.9, floor_seconds=0.48, groups={"matrix products": 0.3, "GELU": 0.1})
+    lines = speed.train_lines(result)
+    assert lines[2].startswith("ratio      1.50 (rounds: 1.50, 1.50); memory 0.80")
+    assert "33.33 images/s if there were nothing but its matrix products: 0.900" in lines[3]
+    assert lines[-1].split() == ["GELU", "100.0", "ms", "25.0%"]
+
+
+def tool(*words, timeout=240):
+    command = [sys.executable, "tools/benchmark.py", *words, "--config=configs/quickstart.py:distilled", "--rounds=1"]
+    fields = ["--config.global_batch=8", "--config.micro_batch=4", "--updates=1"]
+    return subprocess.run([*command, *fields], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+
+
+def test_accumulate_measures_both_in_processes_of_their_own():
+    done = tool("accumulate", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["micro_batch"], result["global_batch"]) == (4, 8)
+    assert min(result["images_per_sec"]) > 0 and min(result["peak_mb"]) > 100
+    assert result["speed_ratio"] == pytest.approx(result["images_per_sec"][1] / result["images_per_sec"][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "eval", "memory", "startup"])
+def test_every_measurement_runs_for_a_small_network_without_a_peer(mode):
+    done = tool(mode, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    if mode in ("train", "eval"):
+        assert result["ours"]["images_per_sec"] > 0 and "ratio" not in result
+    if mode == "train":
+        assert result["floor_fraction"] > 0 and result["groups"]["matrix products"] > 0
+    if mode == "memory":
+        assert result["micro_batch"] == [1, 2, 4] and len(result["peak_mb"]) == 3
+    if mode == "startup":
+        assert result["seconds"].keys() == {"import", "build", "trace", "optimise", "run"}
+        assert result["total"] == pytest.approx(sum(result["seconds"].values()))
+        assert result["seconds"]["import"] > 0.5
+
+
+def test_a_flag_of_another_measurement_is_refused():
+    done = tool("train", "--peer")
+    assert (done.returncode, done.stderr.strip()) == (
+        1,
+        "error: --peer measures `data` and has no meaning for `train`",
+    )
+
+
+@pytest.mark.slow
+def test_timm_s_side_trains_and_evaluates():
+    missing = peer_packages.missing(("torch", "torchvision", "timm"))
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install -e '.[peers]'")
+    for what in ("train", "eval"):
+        command = [sys.executable, str(sides.PEER), what, "--batch=1", "--steps=1", "--precision=bf16"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["images_per_sec"] > 0
