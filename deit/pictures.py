@@ -4,7 +4,7 @@ Figure objects without pyplot: no global state, no display, no picture left open
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends import backend_agg
@@ -39,6 +39,39 @@ def sheet(rows: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]], *, first: 
             lines = [line for text in words for line in textwrap.wrap(text, WRAP)[:MAX_LINES]]
             axes.set_title(_literal("\n".join([*textwrap.wrap(title, WRAP), *lines])), fontsize=7.5)
     return _drawn(figure)
+
+
+def curves(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str, *, over: int = 10) -> np.ndarray:
+    """Draw a metric of several runs, (steps [N], values [N]) each, and its distance from the first run's below.
+
+    Faint: as logged; strong: the mean of `over` neighbours. The distance is at the steps that both runs have.
+    """
+    figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    (first_steps, first), *_ = lines.values()
+    for i, (run, (steps, values)) in enumerate(lines.items()):
+        colour = f"C{i}"
+        above.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        above.plot(*_smooth(steps, values, over), color=colour, label=run)
+        if i:
+            both, ours, theirs = np.intersect1d(steps, first_steps, return_indices=True)
+            distance = values[ours] - first[theirs]
+            spread = np.sqrt(np.mean(distance**2)) if len(both) else float("nan")
+            below.plot(*_smooth(both, distance, over), color=colour, label=f"{run}: {spread:.3g} root mean square")
+    above.set_ylabel(name)
+    above.legend(fontsize=8)
+    below.axhline(0, color="C0", linewidth=0.8)
+    below.set(xlabel="finished updates", ylabel=f"less {next(iter(lines))}")
+    if len(lines) > 1:
+        below.legend(fontsize=8)
+    return _drawn(figure)
+
+
+def _smooth(steps: np.ndarray, values: np.ndarray, over: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means of `over` neighbours at the middle of their steps."""
+    over = max(1, min(over, len(values)))
+    window = np.full(over, 1 / over)
+    return np.convolve(steps, window, "valid"), np.convolve(values, window, "valid")
 
 
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Print the results of runs side by side, one line a run.
 
 python tools/compare_runs.py runs/quickstart/teacher runs/quickstart/scratch runs/quickstart/distilled
+python tools/compare_runs.py runs/a runs/b --picture=curves.png [--metric=train/loss]
+    The same, and a picture: the metric of each run over its updates, and how far it is from the first run's.
 """
 
 import os
@@ -9,10 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+from absl import flags
+
 from configs import base
 from deit import checkpoint, cli, errors
 from deit import config as configuration
 
+PICTURE = flags.DEFINE_string("picture", "", "Where a picture (PNG) of the runs' curves goes; empty: none is drawn.")
+METRIC = flags.DEFINE_string("metric", "train/loss", "What the picture is of: a name in metrics.jsonl.")
 COLUMNS = ("run", "student", "distillation", "updates", "top1", "ema", "agreement", "images")
 
 
@@ -27,6 +34,8 @@ def main(argv: list[str]) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
     logdir = os.path.relpath(os.path.commonpath([Path(path).absolute().parent for path in argv[1:]]))
     print(f"\nCurves and pictures: tensorboard --logdir {logdir}")
+    if PICTURE.value:
+        draw([Path(path) for path in argv[1:]], METRIC.value, Path(PICTURE.value))
     return 0
 
 
@@ -53,6 +62,27 @@ def row(run: Path) -> tuple[str, ...]:
         number("eval/teacher_agreement"),
         f"{metrics.get('eval/images') or 0:.0f}",
     )
+
+
+def draw(runs: list[Path], metric: str, picture: Path) -> None:
+    """Draw a metric of several runs. Errors: UserError where a run has none, or the picture can't be written."""
+    from PIL import Image
+
+    from deit import pictures, summaries
+
+    lines = {}
+    for run in runs:
+        found = [
+            (line["step"], line[metric]) for line in summaries.read_metrics(run / "metrics.jsonl") if metric in line
+        ]
+        if not found:
+            raise errors.UserError(f"--metric ({metric}) is not in {run / 'metrics.jsonl'}")
+        lines[str(run)] = tuple(map(np.asarray, zip(*found)))
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pictures.curves(lines, metric)).save(picture, format="PNG")
+    except OSError as error:
+        raise errors.UserError(f"--picture ({picture}) can't be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":
