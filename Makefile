@@ -1,5 +1,5 @@
 # Every target below does the set-up first (.venv, from setup.py and constraints.txt).
-#   make quickstart | test | slow | lint | tensorboard | peers | .venv      PYTHON=/path/to/python3.11 chooses the interpreter
+#   make quickstart | test | slow | lint | bench | tensorboard | peers | .venv      PYTHON=/path/to/python3.11 chooses the interpreter
 
 VENV = .venv
 BIN = $(VENV)/bin
@@ -13,7 +13,7 @@ CANDIDATES = $(or $(PYTHON),python3.11 python3.10 python3)
 FOUND = $(shell for p in $(CANDIDATES); do if "$$p" -c '$(PROBE)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 HELP = no working Python 3.10 or 3.11 with venv among: $(CANDIDATES). Get one with `uv python install 3.11`, `pyenv install 3.11` or `apt install python3.11-venv`, or name one: make PYTHON=/path/to/python3.11
 
-.PHONY: quickstart test slow lint tensorboard peers .venv
+.PHONY: quickstart test slow lint bench tensorboard peers .venv
 
 quickstart: $(READY)
 	$(BIN)/python main.py --config=configs/quickstart.py:teacher --workdir=$(RUNS)/teacher
@@ -30,6 +30,10 @@ slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Speed and memory beside timm's (after `make peers`): half an hour, on a machine that does nothing else.
+bench: $(READY)
+	$(BIN)/python tools/benchmark.py set --config=configs/deit_tiny_flowers.py --out=runs/bench/table.md
 
 tensorboard: $(READY)
 	$(BIN)/tensorboard --logdir runs

@@ -175,7 +175,7 @@ _FREE = (
     "startup_seconds",
     "micro_batch",
     "max_skipped",
-    "model.fused_gradients",  # the order of roundings, as micro_batch
+    "model.fused_gradients",  # roundings, as micro_batch; in mixed precision also where they happen
     "data.data_dir",
     "data.threads",
     "data.max_bad_fraction",

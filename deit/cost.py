@@ -38,30 +38,34 @@ class Cost:
 def of(forward: Callable[[tf.Tensor], object], image_size: int) -> Cost:
     """Return the cost of `forward` on images float32 [1, image_size, image_size, 3]; it is traced, not run.
 
-    Bytes are those that a second image adds: weights that are cast or scaled for a whole batch are none of them.
+    Bytes are of what depends on the image: weights that are cast or scaled for a whole batch are none of them, and of a
+    function that XLA compiles only its results are.
     """
-    traced = tf.function(forward, autograph=False)
-    one, two = (_traced(traced, count, image_size) for count in (1, 2))
-    return Cost(sum(map(_flops, one)), sum(map(_bytes, two)) - sum(map(_bytes, one)))
+    images = tf.TensorSpec([1, image_size, image_size, 3], tf.float32)
+    graph = tf.function(forward, autograph=False).get_concrete_function(images).graph
+    operations = list(_operations(graph, {0}))
+    return Cost(sum(_flops(op) for op, _ in operations), sum(_bytes(op) for op, depends in operations if depends))
 
 
-def flops(forward: Callable[[tf.Tensor], object], image_size: int) -> float:
-    """Return the floating-point operations of `of` alone: `forward` need not take two images at once."""
-    return sum(map(_flops, _traced(tf.function(forward, autograph=False), 1, image_size)))
+def _operations(graph, given: set[int]) -> Iterator[tuple[tf.Operation, bool]]:
+    """Yield a graph's operations, and whether each depends on one of the inputs `given`, by number.
 
-
-def _traced(forward: Callable, count: int, image_size: int) -> list[tf.Operation]:
-    images = tf.TensorSpec([count, image_size, image_size, 3], tf.float32)
-    return list(_operations(forward.get_concrete_function(images).graph))
-
-
-def _operations(graph) -> Iterator[tf.Operation]:
-    """Yield a graph's operations; a grouped convolution, and a SavedModel, are functions that it calls."""
-    for op in graph.get_operations():
-        if op.type in _CALLS:
-            yield from _operations(graph._get_function(op.get_attr("f").name).graph)
+    A grouped convolution, and a SavedModel, are functions that it calls: theirs are yielded.
+    """
+    known = {graph.inputs[i].ref() for i in given}
+    for op in graph.get_operations():  # in the order in which they were made, inputs first
+        depends = any(tensor.ref() in known for tensor in op.inputs)
+        known |= {tensor.ref() for tensor in op.outputs} if depends else set()
+        if op.type not in _CALLS:
+            yield op, depends
+            continue
+        called = graph._get_function(op.get_attr("f").name)
+        inner = _operations(called.graph, {i for i, tensor in enumerate(op.inputs) if tensor.ref() in known})
+        if "_XlaMustCompile" in op.node_def.attr:  # what is between its operations is never stored
+            yield op, depends
+            yield from ((each, False) for each, _ in inner)
         else:
-            yield op
+            yield from inner
 
 
 def _flops(op: tf.Operation) -> float:

@@ -11,6 +11,7 @@ an update is taken to reach half. With 8 V100 in 53 hours for 300 epochs (arXiv:
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from deit import cost, workdir
+from deit.data import stream
 
 REACHED = 0.5
 _PASSES = 3.0  # forward, and twice as much backward
@@ -46,19 +48,23 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A data sheet: dense FLOP/s in float32, TF32 (0 = has none), half precision; bytes/s and bytes of memory."""
+    """A data sheet: dense FLOP/s in float32, TF32 (0 = has none), half precision; bytes/s and bytes of memory.
+
+    `bfloat16`: whether its matrix units take it.
+    """
 
     single: float
     tf32: float
     half: float
     bandwidth: float
     memory: float
+    bfloat16: bool = True
 
 
 # NVIDIA's data sheets: dense, half precision summed in float32 where the sheet tells the two apart.
 GPUS = {
-    "V100-16GB": Gpu(15.7e12, 0, 125e12, 900e9, 16e9),
-    "T4-16GB": Gpu(8.1e12, 0, 65e12, 320e9, 16e9),
+    "V100-16GB": Gpu(15.7e12, 0, 125e12, 900e9, 16e9, bfloat16=False),
+    "T4-16GB": Gpu(8.1e12, 0, 65e12, 320e9, 16e9, bfloat16=False),
     "A100-40GB": Gpu(19.5e12, 156e12, 312e12, 1555e9, 40e9),
     "L4-24GB": Gpu(30.3e12, 60e12, 121e12, 300e9, 24e9),
     "RTX4090-24GB": Gpu(82.6e12, 82.6e12, 165e12, 1008e9, 24e9),
@@ -67,15 +73,22 @@ GPUS = {
 
 
 def gpu_images_per_sec(gpu: Gpu, spent: cost.Cost, precision: str) -> float:
-    """Return what an update reaches on a GPU, images/s: an estimate. bfloat16 is half precision's rate."""
+    """Return what an update reaches on a GPU, images/s: an estimate; nan where it has no units for bfloat16."""
+    if precision == "mixed_bfloat16" and not gpu.bfloat16:
+        return math.nan
     single = (gpu.tf32 or gpu.single) if precision == "tf32" else gpu.single
     flops = gpu.half if precision.startswith("mixed") else single
     return Machine(REACHED * flops, REACHED * gpu.bandwidth).images_per_sec(spent)
 
 
-def gpu_memory(spent: cost.Cost, *, weights: float, micro_batch: int) -> float:
-    """Return bytes on a GPU: `weights` and what has their size, activations of a micro-batch, CUDA's own."""
-    return _CONTEXT_BYTES + weights + spent.activation_bytes * micro_batch
+def kept_bytes(spent: cost.Cost, *, fused: bool) -> float:
+    """Return the bytes that an update holds for an image: a part of what its forward pass makes, as on DeiT-Ti."""
+    return spent.activation_bytes * (0.4 if fused else 0.5)
+
+
+def gpu_memory(*, weights: float, kept: float, micro_batch: int) -> float:
+    """Return bytes on a GPU: `weights` and what has their size, what is kept of each image, CUDA's own."""
+    return _CONTEXT_BYTES + weights + kept * micro_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Calibration:
     Attributes:
       machine: rates fitted to updates.
       base_bytes: resident memory of a process without a network.
-      activation_factor: resident bytes of a micro-batch over the outputs of its forward graph.
+      activation_factor: resident bytes of an image over those that its forward pass makes (`cost`).
       worst: largest relative distance of a measured update from the fit.
       measured: date, ISO.
     """
@@ -100,7 +113,12 @@ class Calibration:
 def fingerprint() -> str:
     """Return what a calibration is true for: processor, its cores, TensorFlow, the kind of device."""
     kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
-    return f"{_processor()} x {len(os.sched_getaffinity(0))}, {kind}, TensorFlow {tf.__version__}"
+    return f"{_processor()} x {stream.cores()}, {kind}, TensorFlow {tf.__version__}"
+
+
+def key(config) -> str:
+    """Return what a calibration is of: everything in a configuration that changes rates, the network's size apart."""
+    return f"{config.precision}, fused_gradients {config.model.fused_gradients}, xla {config.xla}"
 
 
 def _processor() -> str:
@@ -113,25 +131,31 @@ def _processor() -> str:
 
 
 def cache_path() -> Path:
-    """Return where calibrations of this user's machines are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "deit" / "calibration.json"
+    """Return where calibrations of this user's machines are kept; DEIT_CACHE_DIR names another directory.
+
+    Errors: RuntimeError where the user has no home.
+    """
+    own = os.environ.get("DEIT_CACHE_DIR")
+    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deit"
+    return root / "calibration.json"
 
 
-def read(precision: str) -> Calibration | None:
-    """Return this machine's calibration for a precision; None where there is none, or what is there is damaged."""
+def read(config) -> Calibration | None:
+    """Return this machine's calibration for a configuration of a DeiT; None where there is none that can be read."""
+    if not config.model.variant.startswith("deit"):
+        return None
     try:
         stored = json.loads(cache_path().read_text(encoding="utf-8"))
-        found = stored[fingerprint()][precision]
         if stored["version"] != VERSION:
             return None
+        found = stored[fingerprint()][key(config)]
         return Calibration(**{**found, "machine": Machine(**found["machine"])})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return None
 
 
-def write(precision: str, calibration: Calibration) -> Path:
-    """Keep a calibration beside those of other machines and precisions; return the file."""
+def write(config, calibration: Calibration) -> Path:
+    """Keep a calibration beside those of other machines and settings; return the file. Errors: OSError."""
     path = cache_path()
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -139,7 +163,7 @@ def write(precision: str, calibration: Calibration) -> Path:
     except (OSError, ValueError, AttributeError):
         stored = {}
     stored["version"] = VERSION
-    stored.setdefault(fingerprint(), {})[precision] = dataclasses.asdict(calibration)
+    stored.setdefault(fingerprint(), {})[key(config)] = dataclasses.asdict(calibration)
     path.parent.mkdir(parents=True, exist_ok=True)
     workdir.write(path, (json.dumps(stored, indent=2) + "\n").encode())
     return path

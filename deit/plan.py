@@ -16,9 +16,8 @@ from deit.data import sources
 from deit.models import factory, paths
 from deit.teachers import labels
 
-_BASE_MEMORY = 0.45e9  # resident bytes of the process after the imports, measured on TensorFlow 2.15.1
-# Resident memory of a micro-batch over the outputs of its forward graph (DeiT-Ti at 16 peaks at 1.80 GB in all).
-_ACTIVATION_FACTOR = 0.7
+# Resident bytes of a process on a CPU with TensorFlow 2.15.1 that has traced and optimised an update, no tensors.
+_BASE_MEMORY = 0.8e9
 # NVIDIA's numbers for a V100 (SXM2), FLOP/s: tensor cores in half precision, and float32.
 _V100_HALF, _V100_SINGLE = 125e12, 15.7e12
 _UTILISATION = 0.2
@@ -39,15 +38,16 @@ def describe(
     copies = 2 + bool(o.ema_decay) + o.amsgrad  # two moments (Adam's, LAMB's), of what is trained
     disk = 4 * (count + trained * copies)
     weights = 4.0 * (count + trained * (copies + 2))  # gradients of a micro-batch, their sum
-    calibrated = estimates.read(config.precision)
+    fused = config.model.fused_gradients and config.model.variant.startswith("deit")
+    weights += 4.0 * count * 0.6 if fused else 0.0  # qkv's and fc1's kernels with a scale multiplied in: 7 of 12
+    kept = estimates.kept_bytes(spent, fused=fused)
+    calibrated = estimates.read(config)
     source = f"calibrated {calibrated.measured}" if calibrated else "estimate"
     memory = (
         (calibrated.base_bytes if calibrated else _BASE_MEMORY)
         + weights
         + disk  # the snapshot being written
-        + spent.activation_bytes
-        * config.micro_batch
-        * (calibrated.activation_factor if calibrated else _ACTIVATION_FACTOR)
+        + config.micro_batch * (spent.activation_bytes * calibrated.activation_factor if calibrated else kept)
         + 3 * config.data.image_size**2 * config.global_batch * 4  # uint8 batches in flight
     )
     rows = {
@@ -72,33 +72,41 @@ def describe(
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
         "memory": f"about {memory / 1e9:.1f} GB without the teacher ({source})",
         "speed here": _speed(spent, calibrated, config),
-        **_gpus(spent, weights, config),
+        **_gpus(spent, weights, kept, config),
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
 
 
 def _speed(spent: cost.Cost, calibrated: estimates.Calibration | None, config) -> str:
     """Return images/s of the student's updates on this machine, and how long the run's take."""
+    if not config.model.variant.startswith("deit"):
+        return ""
     if calibrated is None:
-        flag = "" if config.precision == "float32" else f" --config.precision={config.precision}"
-        return f"not calibrated: python tools/benchmark.py calibrate{flag} (two minutes)"
+        fields = (("precision", "float32"), ("model.fused_gradients", True), ("xla", False))
+        values = dict(configuration.flatten(config))
+        flags = "".join(f" --config.{name}={values[name]}" for name, usual in fields if values[name] != usual)
+        return f"not calibrated: python tools/benchmark.py calibrate{flags} (two minutes)"
     rate = calibrated.machine.images_per_sec(spent)
     return (
-        f"about {rate:.3g} images/s of the student's updates, {_images(config) / rate / 3600:.3g} hours in all "
-        f"(calibrated {calibrated.measured}, {calibrated.worst:.0%} off at most there)"
+        f"about {rate:.3g} images/s of the student's updates, {_images(config) / rate / 3600:.3g} hours in all on "
+        f"one such machine (calibrated {calibrated.measured}, {calibrated.worst:.0%} off at most there)"
     )
 
 
-def _gpus(spent: cost.Cost, weights: float, config) -> dict[str, str]:
-    """Return a row on a V100 and one on other GPUs, from their data sheets."""
+def _gpus(spent: cost.Cost, weights: float, kept: float, config) -> dict[str, str]:
+    """Return a row on a V100 and one on other GPUs, from their data sheets; none where the FLOPs are not known."""
+    if math.isnan(spent.flops):
+        return {}
     rates = {name: estimates.gpu_images_per_sec(gpu, spent, config.precision) for name, gpu in estimates.GPUS.items()}
-    memory = estimates.gpu_memory(spent, weights=weights, micro_batch=config.micro_batch)
+    memory = estimates.gpu_memory(weights=weights, kept=kept, micro_batch=config.micro_batch)
     first, *others = rates
     own = f"about {rates[first]:,.0f} images/s of the student's updates"
+    if math.isnan(rates[first]):
+        own = f"has no units for bfloat16 ({config.precision})"
     room = (
         f"{memory / 1e9:.1f} of {estimates.GPUS[first].memory / 1e9:.0f} GB for a micro-batch of {config.micro_batch}"
     )
-    listed = ", ".join(f"{name} {rates[name]:,.0f}" for name in others)
+    listed = ", ".join(f"{name} {rates[name]:,.0f}" for name in others if not math.isnan(rates[name]))
     return {first: f"{own}, {room} (estimate)", "other GPUs": f"{listed} images/s (estimates)"}
 
 

@@ -107,7 +107,7 @@ def test_r50x3_itself_has_the_variables_of_the_formula_and_costs_72_gflops(monke
     monkeypatch.setattr(bit, "_He", lambda seed: lambda shape: tf.zeros(shape))  # 850 MB need not be drawn
     network = bit.Network(num_classes=5)
     assert held(network) == parameters(3, R50, 5)
-    assert cost.flops(network.logits, 224) == pytest.approx(72.15e9, rel=1e-3)
+    assert cost.of(network.logits, 224).flops == pytest.approx(72.15e9, rel=1e-3)
 
 
 def test_the_sides_are_halved_by_root_pooling_and_every_stage_but_the_first():

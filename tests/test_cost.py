@@ -9,7 +9,7 @@ from deit import cost, keras
 
 
 def counted(forward, size=16):
-    return cost.flops(forward, size)
+    return cost.of(forward, size).flops
 
 
 def test_products_and_convolutions_are_counted_by_their_definition():

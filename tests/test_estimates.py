@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from deit import cost, estimates, plan
+from deit import cost, errors, estimates, plan
 from deit.models import factory
 from tools.benchmarks import calibrate
 
@@ -54,30 +54,56 @@ def test_where_bytes_explain_nothing_products_explain_all():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "deit" / "calibration.json"
+    monkeypatch.setenv("DEIT_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "calibration.json"
 
 
 def known(date="2026-01-02"):
     return estimates.Calibration(estimates.Machine(1e11, 1e10), 5e8, 0.5, 0.04, date)
 
 
-def test_a_calibration_is_read_as_it_was_written_beside_those_of_other_precisions(cache):
-    assert estimates.read("float32") is None
-    assert estimates.write("float32", known()) == cache
-    estimates.write("mixed_bfloat16", known("2026-03-04"))
-    assert estimates.read("float32") == known()
-    assert estimates.read("mixed_bfloat16") == known("2026-03-04")
-    assert estimates.read("mixed_float16") is None
+def digits(**fields):
+    c = base.get_config()
+    c.data.name, c.data.train_split, c.data.eval_split = "digits", "train", "test"
+    c.model.variant, c.data.image_size, c.total_updates = "deit_micro_patch8_32", 32, 1000
+    c.update_from_flattened_dict(fields)
+    return c
+
+
+def test_a_calibration_is_read_as_it_was_written_beside_those_of_other_settings(cache):
+    half, plain = digits(precision="mixed_bfloat16"), digits(**{"model.fused_gradients": False})
+    assert estimates.read(digits()) is None
+    assert estimates.write(digits(), known()) == cache
+    estimates.write(half, known("2026-03-04"))
+    assert estimates.read(digits()) == known()
+    assert estimates.read(half) == known("2026-03-04")
+    assert estimates.read(plain) is None and estimates.read(digits(xla=True)) is None
+
+
+def test_a_calibration_is_of_deits_and_says_nothing_of_other_networks(cache):
+    estimates.write(digits(), known())
+    assert estimates.read(digits(**{"model.variant": "groupnorm_resnet"})) is None
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 0}'])
 def test_a_damaged_calibration_is_none_and_is_written_anew(cache, damage):
-    estimates.write("float32", known())
+    estimates.write(digits(), known())
     cache.write_text(damage)
-    assert estimates.read("float32") is None
-    estimates.write("float32", known())
-    assert estimates.read("float32") == known()
+    assert estimates.read(digits()) is None
+    estimates.write(digits(), known())
+    assert estimates.read(digits()) == known()
+
+
+def test_a_user_without_a_home_has_no_calibration_and_is_told_so_before_anything_is_measured(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("DEIT_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert estimates.read(digits()) is None
+    with pytest.raises(errors.UserError, match="DEIT_CACHE_DIR names a directory"):
+        calibrate.measure(digits(), command=["false"])
 
 
 def rows(config):
@@ -86,23 +112,27 @@ def rows(config):
 
 
 def test_the_plan_says_how_to_calibrate_and_afterwards_what_the_calibration_predicts(cache):
-    c = base.get_config()
-    c.data.name, c.data.train_split, c.data.eval_split = "digits", "train", "test"
-    c.model.variant, c.data.image_size, c.total_updates, c.precision = (
-        "deit_micro_patch8_32",
-        32,
-        1000,
-        "mixed_bfloat16",
-    )
+    c = digits(precision="mixed_float16")
     found = rows(c)
     assert found["speed here"].startswith(
-        "not calibrated: python tools/benchmark.py calibrate --config.precision=mixed_bfloat16"
+        "not calibrated: python tools/benchmark.py calibrate --config.precision=mixed_float16 ("
     )
     assert found["memory"].endswith("(estimate)")
     assert found["V100-16GB"].endswith("of 16 GB for a micro-batch of 16 (estimate)")
     assert found["other GPUs"].count(",") >= 4 and found["other GPUs"].endswith("images/s (estimates)")
-    estimates.write("mixed_bfloat16", known())
+    estimates.write(c, known())
     found = rows(c)
     assert found["memory"].endswith("(calibrated 2026-01-02)")
     rate, hours = (float(found["speed here"].split()[i]) for i in (1, 7))
     assert hours == pytest.approx(1000 * 256 / rate / 3600, rel=0.02)
+
+
+def test_a_v100_is_promised_no_bfloat16(cache):
+    found = rows(digits(precision="mixed_bfloat16"))
+    assert found["V100-16GB"].startswith("has no units for bfloat16 (mixed_bfloat16)")
+    assert "T4" not in found["other GPUs"] and "A100-40GB" in found["other GPUs"]
+
+
+def test_a_cnn_has_rows_for_gpus_but_no_speed_here(cache):
+    found = rows(digits(**{"model.variant": "groupnorm_resnet"}))
+    assert "speed here" not in found and "estimate" in found["V100-16GB"]

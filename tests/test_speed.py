@@ -1,6 +1,7 @@
 """Speed and memory: floors counted by hand, groups by name, fits of made-up laws, and small measurements for real."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from deit import errors
 from tests.test_benchmark import REPOSITORY
 from tools import peer_packages
 from tools.benchmarks import groups, products, scaling, sides, speed, table, update
+
+TINY = "deit_tiny_distilled_patch16_224"
 
 
 def graph_of(function, *shapes):
@@ -59,7 +62,7 @@ def test_a_loop_is_refused_because_its_turns_are_not_known():
     def looped(x):
         return tf.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, tf.matmul(y, y)), (0, x))
 
-    with pytest.raises(ValueError, match="is a loop"):
+    with pytest.raises(ValueError, match=r"is a (Stateless)?While, which is not counted"):
         products.of(graph_of(looped, [2, 2]))
 
 
@@ -104,6 +107,12 @@ def test_the_profile_of_an_update_has_every_group_and_no_more_time_than_went_by(
     assert products.of(step.trace(batch))
 
 
+def test_a_product_that_is_not_counted_is_refused_by_its_name_and_a_vector_is_no_matrix():
+    with pytest.raises(ValueError, match="is a Einsum, which is not counted"):
+        products.of(graph_of(lambda x, y: tf.einsum("ab,cb->ac", x, y), [2, 3], [4, 3]))
+    assert not products.of(graph_of(lambda x, y: tf.matmul(x, y), [1, 3], [3, 4]))
+
+
 def test_two_laws_are_found_again_from_their_own_values():
     x = np.array([1, 2, 4, 8, 16])
     line = scaling.fit(x, 0.02 + 0.7 * x, powers=(0, 1))
@@ -146,48 +155,89 @@ def test_a_side_that_fails_ends_the_measurement_with_its_last_line():
         sides.alternate({"theirs": broken}, rounds=1, said="test")
 
 
-def test_timm_is_no_side_for_a_network_that_it_does_not_have():
-    assert sides.peer(small(), "train", 4) is None
-    assert sides.peer(small(**{"model.variant": "keras_example"}), "train", 4) is None
-    assert sides.peer(small(precision="mixed_float16"), "train", 4) is None
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({}, r"model.variant \(deit_micro_distilled_patch8_32\) must be one of timm's deit_\*"),
+        ({"precision": "mixed_float16"}, r"precision \(mixed_float16\) must be one of float32, mixed_bfloat16"),
+        (
+            {"model.variant": "deit_tiny_patch16_224"},
+            r"model.variant \(deit_tiny_patch16_224\) must be a distilled one",
+        ),
+        ({"model.variant": TINY, "distill.kind": "soft"}, r"distill.kind \(soft\) must be hard"),
+        ({"model.variant": TINY, "model.registers": 2}, r"model.registers \(2\) must be 0"),
+    ],
+)
+def test_where_timm_has_not_the_same_network_the_reason_is_the_field_its_value_and_the_rule(
+    fields, reason, monkeypatch
+):
+    monkeypatch.setattr(sides.peer_packages, "missing", lambda wanted: [])
+    assert re.match(reason, sides.peer(small(**fields), "train", 4))
+
+
+def test_timm_s_side_gets_the_network_of_the_configuration(monkeypatch):
+    monkeypatch.setattr(sides.peer_packages, "missing", lambda wanted: [])
+    side = sides.peer(small(**{"model.variant": TINY, "model.drop_path": 0.2}), "train", 4)
+    assert {f"--model={TINY}", "--precision=fp32", "--batch=4", "--size=32", "--drop_path=0.2"} <= set(side.command)
+    monkeypatch.setattr(sides.peer_packages, "missing", lambda wanted: ["timm"])
+    assert sides.peer(small(), "train", 4) == "timm not installed (make peers)"
 
 
 def found(ours, theirs, **more):
     side = {"images_per_sec": ours, "rounds": [ours] * 2, "peak_mb": 800.0}
     other = {"images_per_sec": theirs, "rounds": [theirs] * 2, "peak_mb": 1000.0}
     ratio = {"images_per_sec": ours / theirs, "rounds": [ours / theirs] * 2, "peak_mb": 0.8}
-    return {"ours": side, "timm": other, "ratio": ratio, "batch": 16, **more}
+    return {"ours": side, "timm": other, "ratio": ratio, "batch": 16, "versions": {"timm": "9.9"}, **more}
 
 
 def test_the_table_has_a_row_a_measurement_and_says_what_could_not_be_measured():
+    floor = {"floor_fraction": 0.9, "floor_seconds": 0.5, "floor_gflops": 100.0, "floor_rounds": [0.9]}
     result = {
-        "train": {"tiny float32": found(30.0, 20.0, floor_fraction=0.9, floor_seconds=0.5, groups={"GELU": 0.1})},
-        "eval": {"tiny float32": found(60.0, 50.0)},
+        "machine": "two cores", "date": "2026-01-02", "rounds": 2,
+        "train tiny float32": found(30.0, 20.0, groups={"GELU": 0.1}, **floor),
+        "eval tiny float32": found(60.0, 50.0),
+        "eval tiny float16": {"missing": "out of memory"},
         "accumulate": {
-            "micro_batch": 16,
-            "global_batch": 256,
-            "speed_ratio": 0.98,
-            "memory_ratio": 1.05,
-            "images_per_sec": [30.0, 29.4],
+            "micro_batch": 16, "global_batch": 256, "speed_ratio": 0.98, "memory_ratio": 1.05,
+            "images_per_sec": [30.0, 25.6],
         },
-        "startup": {"seconds": {"import": 2.0, "trace": 3.0}, "total": 5.0, "batch": 256},
-        "optimizer_share": 0.011,
-        "summaries_share": 0.0001,
+        "startup": {"seconds": {"import": 2.0, "trace": 3.0}, "total": 5.0, "batch": 16},
+        "optimizer": {"seconds": 0.1, "log_seconds": 0.001},
         "checkpoint": {"missing": "tf_flowers is not prepared"},
-    }
+    }  # fmt: skip
     rows = table.markdown(result)
+    assert rows[0] == "two cores, timm 9.9; 2026-01-02, 2 rounds."
     train = "| train tiny float32, 16 | 30.00 | 20.00 | **1.50** (1.50 to 1.50) | 800 | 1000 | 0.80 | 0.900 |"
-    assert rows[2] == train and rows[3].endswith("| **1.20** (1.20 to 1.20) | 800 | 1000 | 0.80 | - |")
-    assert {row.count("|") for row in rows[:4]} == {9}
-    assert "- first update of 256 done after 5.00 s: import 2.00, trace 3.00" in rows
-    assert "- a checkpoint was not measured: tf_flowers is not prepared" in rows
+    assert rows[4] == train and rows[5].endswith("| **1.20** (1.20 to 1.20) | 800 | 1000 | 0.80 |  |")
+    assert "not measured: out of memory" in rows[6]
+    assert {row.count("|") for row in rows[2:7]} == {9}
+    assert "- first update of 16 done after 5.00 s: import 2.00, trace 3.00" in rows
+    share = "100.0 ms of kernels, 1.000% of an update of 256; a log line: 1.00 ms, 0.010% of an update of 256"
+    assert f"- optimizer, EMA, clipping, guard: {share}" in rows
+    assert "- checkpoint not measured: tf_flowers is not prepared" in rows
+
+
+def test_a_row_that_fails_leaves_the_others(monkeypatch, tmp_path):
+    def failing(*args, **settings):
+        raise errors.UserError("too little memory")
+
+    for name in ("train", "evaluation", "accumulate"):
+        monkeypatch.setattr(table.speed, name, failing)
+    monkeypatch.setattr(table.speed, "startup", lambda *args, **settings: {"seconds": {}, "total": 1.0, "batch": 4})
+    monkeypatch.setattr(table, "optimizer", lambda *args: {"seconds": 0.1, "log_seconds": 0.001})
+    monkeypatch.setattr(table, "checkpoint", lambda *args: {"seconds": 0.2, "every_updates": 0})
+    table.measure(small(), rounds=1, command=[], out=str(tmp_path / "new" / "table.md"))
+    text = (tmp_path / "new" / "table.md").read_text()
+    assert text.count("not measured: too little memory") == 9
+    assert "- a checkpoint stops the loop for 200 ms, at the end alone" in text
 
 
 def test_the_lines_of_train_name_floor_groups_and_ratio():
-    result = found(30.0, 20.0, floor_fraction=0.9, floor_seconds=0.48, groups={"matrix products": 0.3, "GELU": 0.1})
+    floor = {"floor_fraction": 0.9, "floor_seconds": 0.48, "floor_gflops": 111.0, "floor_rounds": [0.9, 0.91]}
+    result = found(30.0, 20.0, groups={"matrix products": 0.3, "GELU": 0.1}, **floor)
     lines = speed.train_lines(result)
     assert lines[2].startswith("ratio      1.50 (rounds: 1.50, 1.50); memory 0.80")
-    assert "33.33 images/s if there were nothing but its matrix products: 0.900" in lines[3]
+    assert "33.33 images/s if there were nothing but its 111 GFLOP of matrix products: 0.900" in lines[3]
     assert lines[-1].split() == ["GELU", "100.0", "ms", "25.0%"]
 
 

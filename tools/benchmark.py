@@ -67,15 +67,16 @@ STAND_IN = flags.DEFINE_boolean(
 )
 JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of lines.")
 OUT = flags.DEFINE_string("out", "", "scaling: where the picture goes; set: where the table goes. Empty: nowhere.")
+ONE = ("update", "floor", "groups", "evaluate")  # a process of a measurement: its word, then a size
 SPEED = ("train", "eval", "accumulate", "memory", "startup", "scaling", "set")
 MODES = "|".join((*SPEED, "calibrate", "data", "teacher", "workers", "checkpoint"))
 USAGE = f"usage: python tools/benchmark.py {MODES} [--config=FILE]; --help lists the flags"
 
 
 def main(argv: list[str]) -> int:
-    """Dispatch. `update|examine|evaluate SIZE` is one process of a measurement, `worker` one of `workers`."""
+    """Dispatch. `update|floor|groups|evaluate SIZE` is one process of a measurement, `worker` one of `workers`."""
     words = argv[1:]
-    if len(words) == 2 and words[0] in ("update", "examine", "evaluate") and words[1].isdecimal():
+    if len(words) == 2 and words[0] in ONE and words[1].isdecimal():
         print(json.dumps(_one(words[0], int(words[1]))))
     elif words == ["worker"]:
         _worker()
@@ -120,7 +121,9 @@ def _calibrate() -> tuple[dict, list[str]]:
 
 def _command(mode: str) -> list[str]:
     """Return this command without its mode: what a process of a measurement is started with."""
-    return [sys.executable, __file__, *(word for word in sys.argv[1:] if word != mode)]
+    words = sys.argv[1:]
+    words.remove(mode)
+    return [sys.executable, __file__, *words]
 
 
 def _one(word: str, size: int) -> dict:
@@ -129,7 +132,7 @@ def _one(word: str, size: int) -> dict:
 
     if word == "evaluate":
         return update.evaluation(CONFIG.value, size, updates=UPDATES.value)
-    return update.noise(CONFIG.value, size, updates=UPDATES.value, examine=word == "examine")
+    return update.noise(CONFIG.value, size, updates=UPDATES.value, examine="" if word == "update" else word)
 
 
 def _data() -> tuple[dict, list[str]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deit import keras
-from deit.models import fused, paths, variants, vit
+from deit.models import fused_block, paths, variants, vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def build(
             dtype=policy,
         ),
         blocks=[
-            (fused.Block if fused_gradients else vit.Block)(
+            (fused_block.Block if fused_gradients else vit.Block)(
                 shape.dim,
                 shape.num_heads,
                 rate=rate,
@@ -66,7 +66,7 @@ def build(
             )
             for i, rate in enumerate(shape.rates(drop_path))
         ],
-        norm=vit.layer_norm("norm", policy, shape.norm_epsilon),
+        norm=vit.layer_norm("norm", "float32", shape.norm_epsilon),  # of a few tokens: float32 costs nothing there
         heads=heads(num_classes, shape.outputs, initializer=initializer),
     )
     return connect(parts, name, image_size=image_size)

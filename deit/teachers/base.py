@@ -99,7 +99,7 @@ class Teacher:
 
     def flops(self, image_size: int) -> float:
         """Return what an answer to one image of `image_size` px costs, nan where its graph leaves that open."""
-        return cost.flops(self.logits, image_size)
+        return cost.of(self.logits, image_size).flops
 
     def describe(self) -> str:
         """Return one line for the plan."""

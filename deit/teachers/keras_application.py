@@ -59,7 +59,7 @@ def describe(config, num_classes: int) -> base.Described:
     network = _construct(config, num_classes=count, weights=None)
     line = f"{teacher.name} ({teacher.weights}), {network.count_params():,} parameters"
     wanted = _input(config)
-    flops = cost.flops(lambda images: network(images, training=False), wanted.size)
+    flops = cost.of(lambda images: network(images, training=False), wanted.size).flops
     return base.Described(base.described(line, wanted), flops)
 
 

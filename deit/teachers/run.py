@@ -121,7 +121,7 @@ def _described(where: str, config, num_classes: int) -> base.Described:
         load_weights=False,
     )
     line = f"{where}: {config.model.variant}, {base.count(network.model.weights):,} parameters"
-    flops = cost.flops(network.logits, network.image_size)
+    flops = cost.of(network.logits, network.image_size).flops
     return base.Described(base.described(line, _input(config)), flops)
 
 

@@ -54,7 +54,7 @@ def describe(config, num_classes: int) -> base.Described:
             return base.Described(f"{path}: not {lacking}, parameters not checked")
     teacher = _load(config, _inside(directory, path), "")
     line = base.described(f"{path}, {teacher.parameters:,} parameters", teacher.input)
-    return base.Described(line, cost.flops(teacher.logits, config.data.image_size))
+    return base.Described(line, cost.of(teacher.logits, config.data.image_size).flops)
 
 
 def identity(config, *, workdir: Path) -> str:

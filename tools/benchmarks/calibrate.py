@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from deit import cost, estimates, runtime
+from deit import cost, errors, estimates, runtime
 from deit.models import factory, paths
-from tools.benchmarks import sides, table
+from tools.benchmarks import sides, update
 
 # (variant, side in px, micro-batch): from few FLOPs a byte to many, and two sizes of one network for its memory.
 CASES = (
@@ -21,38 +21,48 @@ _SAME = (1, 2)  # which cases differ in the micro-batch alone
 
 
 def measure(config, *, command: Sequence[str]) -> dict[str, Any]:
-    """Measure updates of `CASES` in the configured precision, fit the machine's rates, and keep them."""
-    measured = {}
+    """Measure updates of `CASES` with the configured precision, blocks and xla; fit the machine's rates, keep them.
+
+    Errors: UserError where they can't be kept.
+    """
+    _check_cache()
+    measured, costs = {}, []
     for variant, size, micro in CASES:
-        fields = {
-            "model.variant": variant,
-            "data.image_size": size,
-            "micro_batch": micro,
-            "precision": config.precision,
-        }
+        fields = {"model.variant": variant, "data.image_size": size, "micro_batch": micro}
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         measured[f"{variant} {size} px x {micro}"] = sides.Side((*command, *flags, "update", str(micro)))
     runs = [run for (run,) in sides.alternate(measured, rounds=1, said="calibrate").values()]
     runtime.prepare(config.precision)
-    costs = [_cost(config, variant, size) for variant, size, _ in CASES]
+    for variant, size, _ in CASES:
+        costs.append(_cost(update.copy_of(config, {"model.variant": variant}), size))
     machine, worst = fit([spent for spent, _ in costs], [1 / run["images_per_sec"] for run in runs])
-    small, large = (runs[i]["peak_mb"] * 1e6 for i in _SAME)
-    (spent, parameters), (_, _, low), (_, _, high) = costs[_SAME[0]], *(CASES[i] for i in _SAME)
-    slope = (large - small) / (high - low)
+    few, many = _SAME
+    spent, parameters = costs[few]
+    small, large = (runs[i]["peak_mb"] * 2**20 for i in _SAME)
+    slope = (large - small) / (CASES[many][2] - CASES[few][2])
     calibration = estimates.Calibration(
         machine=machine,
-        base_bytes=large - slope * high - 4.0 * parameters * copies(config),
+        base_bytes=small - slope * CASES[few][2] - 4.0 * parameters * copies(config),
         activation_factor=slope / spent.activation_bytes,
         worst=worst,
         measured=datetime.date.today().isoformat(),
     )
-    path = estimates.write(config.precision, calibration)
+    path = estimates.write(config, calibration)
     rates = {name: run["images_per_sec"] for name, run in zip(measured, runs)}
     return {
-        "precision": config.precision, "machine": estimates.fingerprint(), "images_per_sec": rates,
+        "of": estimates.key(config), "machine": estimates.fingerprint(), "images_per_sec": rates,
         "flops_per_sec": machine.flops, "bytes_per_sec": machine.bandwidth, "worst": worst,
-        "base_mb": calibration.base_bytes / 1e6, "activation_factor": calibration.activation_factor, "file": str(path),
+        "base_mb": calibration.base_bytes / 2**20, "activation_factor": calibration.activation_factor,
+        "file": str(path),
     }  # fmt: skip
+
+
+def _check_cache() -> None:
+    """Raise UserError where a calibration could not be kept, before two minutes go into it."""
+    try:
+        estimates.cache_path().parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise errors.UserError(f"calibrations can't be kept: {error}; DEIT_CACHE_DIR names a directory") from error
 
 
 def copies(config) -> float:
@@ -60,9 +70,14 @@ def copies(config) -> float:
     return 5.0 + bool(config.optim.ema_decay) + config.optim.amsgrad
 
 
-def _cost(config, variant: str, size: int) -> tuple[cost.Cost, int]:
-    own = table.changed(config, variant, config.precision)
-    network = factory.build(own.model, num_classes=5, image_size=size, precision=config.precision, load_weights=False)
+def _cost(config, size: int) -> tuple[cost.Cost, int]:
+    network = factory.build(
+        config.model,
+        num_classes=update.CLASSES,
+        image_size=size,
+        precision=config.precision,
+        load_weights=False,
+    )
     count = sum(int(np.prod(variable.shape)) for _, variable in paths.variables(network.model))
     return cost.of(network.logits, size), count
 
@@ -86,7 +101,7 @@ def fit(costs: Sequence[cost.Cost], seconds: Sequence[float]) -> tuple[estimates
 def lines(result: dict[str, Any]) -> list[str]:
     """Return the text for what `measure` found."""
     return [
-        f"machine      {result['machine']}, {result['precision']}",
+        f"machine      {result['machine']}; {result['of']}",
         *(f"measured     {name:<48} {rate:8.2f} images/s" for name, rate in result["images_per_sec"].items()),
         f"fitted       {result['flops_per_sec'] / 1e9:.0f} GFLOP/s and {result['bytes_per_sec'] / 1e9:.1f} GB/s, "
         f"at most {result['worst']:.1%} off",

@@ -20,7 +20,7 @@ RULES = (
     ("input", r"normalize/"),
     ("LayerNorm", r"layer_norm\w*/|norm[12]?/"),
     ("layout", r":(_Mkl)?(Transpose|Pack|Unpack|ConcatV2|Split|StridedSlice|StridedSliceGrad|Tile|Slice|Pad)$"),
-    ("bias and residual", r"BiasAdd|add|AddN|:(_Mkl)?Add|blocks\.\d+/mul"),
+    ("bias and residual", r"add(_?\d*|N|V2)?[:/]|BiasAdd|:(_Mkl)?Add|blocks\.\d+/mul"),
     ("other", r""),
 )
 

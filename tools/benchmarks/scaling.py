@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from deit.models import variants
+from deit import errors
+from deit.models import factory
 from tools.benchmarks import sides
 
 ACCUM_STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -21,7 +22,11 @@ IMAGE_SIZES = (112, 160, 192, 224, 288, 384)
 
 def measure(config, *, rounds: int, command: Sequence[str], picture: str = "") -> dict[str, Any]:
     """Measure both sweeps, in `rounds` rounds, and draw them to `picture` (PNG) where it is named."""
-    micro = config.micro_batch
+    micro, shape = config.micro_batch, factory.shape_of(config.model)
+    if shape is None:
+        raise errors.UserError(f"model.variant ({config.model.variant}) must be a transformer: its cost goes by tokens")
+    if shape.patch > min(IMAGE_SIZES):
+        raise errors.UserError(f"model.patch ({shape.patch}) must be at most {min(IMAGE_SIZES)} px, the smallest image")
     by_steps = {
         str(steps): sides.Side((*command, f"--config.global_batch={micro * steps}", "update", str(micro * steps)))
         for steps in ACCUM_STEPS
@@ -32,7 +37,6 @@ def measure(config, *, rounds: int, command: Sequence[str], picture: str = "") -
     }
     steps = _medians(sides.alternate(by_steps, rounds=rounds, said="accum_steps"))
     sizes = _medians(sides.alternate(by_size, rounds=rounds, said="image_size"))
-    shape = variants.of_model(config.model)
     tokens = [(size // shape.patch) ** 2 + shape.prefix for size in IMAGE_SIZES]
     result = {
         "micro_batch": micro,

@@ -7,6 +7,7 @@ else the machine does meets both; of every ratio the rounds are shown.
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,15 +33,15 @@ class Side:
 
 
 def alternate(sides: Mapping[str, Side], *, rounds: int, said: str) -> dict[str, list[dict[str, Any]]]:
-    """Run every side `rounds` times in turn; return what each printed as JSON in its last line.
+    """Run every side `rounds` times in turn, each round in the other order; return what each printed as JSON last.
 
-    Errors: UserError with the last line of a process that failed.
+    Errors: UserError with the last line of a process that failed, or the signal that ended it.
     """
     found: dict[str, list[dict]] = {name: [] for name in sides}
     with tqdm.tqdm(total=rounds * len(sides), desc=said, unit="process", disable=None) as bar:
-        for _ in range(rounds):
-            for name, side in sides.items():
-                found[name].append(_run(name, side))
+        for turn in range(rounds):
+            for name in list(sides)[:: -1 if turn % 2 else 1]:
+                found[name].append(_run(name, sides[name]))
                 bar.update()
     return found
 
@@ -49,23 +50,38 @@ def _run(name: str, side: Side) -> dict[str, Any]:
     done = subprocess.run(
         side.command, capture_output=True, text=True, check=False, env={**os.environ, **side.environment}
     )
+    if done.returncode < 0:
+        why = "; is there too little memory?" if done.returncode == -signal.SIGKILL else ""
+        raise errors.UserError(f"the measurement of {name} was ended by {signal.Signals(-done.returncode).name}{why}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise errors.UserError(f"the measurement of {name} ended with exit code {done.returncode}: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peer(config, what: str, size: int) -> Side | None:
-    """Return timm's side of `what`, train or eval, None where it is not installed or has no such network."""
-    if peer_packages.missing(("torch", "torchvision", "timm")) or config.precision not in _PRECISIONS:
-        return None
-    if not config.model.variant.startswith("deit_") or "micro" in config.model.variant:
-        return None
+def peer(config, what: str, size: int) -> Side | str:
+    """Return timm's side of `what`, train or eval, or why it can't be compared: the field, its value, the rule."""
+    model = config.model
+    missing = peer_packages.missing(("torch", "torchvision", "timm"))
+    if missing:
+        return f"{', '.join(missing)} not installed (make peers)"
+    if config.precision not in _PRECISIONS:
+        return f"precision ({config.precision}) must be one of {', '.join(_PRECISIONS)}"
+    if not model.variant.startswith("deit_") or "micro" in model.variant:
+        return f"model.variant ({model.variant}) must be one of timm's deit_*"
+    for name, value in (("patch", 0), ("registers", 0), ("heads", "all")):
+        if model[name] != value:
+            return f"model.{name} ({model[name]}) must be {value}"
+    if what == "train" and "_distilled_" not in model.variant:
+        return f"model.variant ({model.variant}) must be a distilled one"
+    if what == "train" and config.distill.kind != "hard":
+        return f"distill.kind ({config.distill.kind}) must be hard"
     fields = {
-        "model": config.model.variant.partition(".")[0],
+        "model": model.variant.partition(".")[0],
         "precision": _PRECISIONS[config.precision],
         "batch": size,
         "size": config.data.image_size,
+        "drop_path": model.drop_path,
     }
     flags = [f"--{name}={value}" for name, value in fields.items()]
     return Side((sys.executable, str(PEER), what, *flags))
@@ -81,38 +97,36 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def compare(config, what: str, size: int, *, command: Sequence[str], rounds: int, said: str) -> dict[str, Any]:
-    """Measure ours, `command WORD SIZE`, in turn with timm's; return `summary` of each side, and their ratios.
+def compare(config, what: str, size: int, *, command: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Measure ours, `command WORD SIZE`, in turn with timm's.
 
-    `what`: train or eval. Ratios are of the medians; `rounds` are those of each round, side by side.
+    `what`: train or eval. Returns runs (ours), `summary` of each side, and ratio: its median over the rounds, those of
+    each round, and of the peaks; or unmatched, why there is no other side.
     """
-    word = {"train": "update", "eval": "evaluate"}[what]
-    sides = {"ours": Side((*command, word, str(size)))}
+    sides = {"ours": Side((*command, {"train": "floor", "eval": "evaluate"}[what], str(size)))}
     theirs = peer(config, what, size)
-    if theirs is not None:
+    if isinstance(theirs, Side):
         sides["timm"] = theirs
-    runs = alternate(sides, rounds=rounds, said=said)
-    found: dict[str, Any] = {name: summary(each) for name, each in runs.items()}
-    found["startup"] = {
-        part: statistics.median(run["startup"][part] for run in runs["ours"])
-        for part in runs["ours"][0].get("startup", ())
+    runs = alternate(sides, rounds=rounds, said=f"{what} {config.model.variant} {config.precision}")
+    found: dict[str, Any] = {"runs": runs["ours"], **{name: summary(each) for name, each in runs.items()}}
+    if isinstance(theirs, str):
+        return {**found, "unmatched": theirs}
+    ours, other = found["ours"], found["timm"]
+    ratios = [a / b for a, b in zip(ours["rounds"], other["rounds"])]
+    versions = {name: runs["timm"][0][name] for name in ("torch", "timm")}
+    found["ratio"] = {
+        "images_per_sec": statistics.median(ratios),
+        "rounds": ratios,
+        "peak_mb": ours["peak_mb"] / other["peak_mb"],
     }
-    if theirs is not None:
-        ours, other = found["ours"], found["timm"]
-        found["ratio"] = {
-            "images_per_sec": ours["images_per_sec"] / other["images_per_sec"],
-            "rounds": [a / b for a, b in zip(ours["rounds"], other["rounds"])],
-            "peak_mb": ours["peak_mb"] / other["peak_mb"],
-        }
-    return found
+    return {**found, "versions": versions}
 
 
-def examined(*, command: Sequence[str], size: int) -> dict[str, Any]:
-    """Return floor_seconds and groups of an update, its images/s beside them: in a process of its own.
+def profiled(*, command: Sequence[str], size: int) -> dict[str, float]:
+    """Return the seconds by kind of operation of an update: in a process of its own.
 
     One kernel runs at a time there, each with all threads: else the kernels' times overlap.
     """
-    (found,) = alternate(
-        {"profile": Side((*command, "examine", str(size)), {"TF_NUM_INTEROP_THREADS": "1"})}, rounds=1, said="profile"
-    )["profile"]
-    return found
+    one = {"profile": Side((*command, "groups", str(size)), {"TF_NUM_INTEROP_THREADS": "1"})}
+    (found,) = alternate(one, rounds=1, said="profile")["profile"]
+    return found["groups"]

@@ -17,27 +17,38 @@ EVAL_BATCH = 64
 
 
 def train(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
-    """Compare updates of one micro-batch with timm's, and with their own matrix products."""
+    """Compare updates of one micro-batch with timm's, and with their own matrix products in the same processes."""
     size = config.micro_batch
-    found = sides.compare(config, "train", size, command=command, rounds=rounds, said="train")
-    profile = sides.examined(command=command, size=size)
-    floor = profile["floor_seconds"]
-    return {
-        **found,
-        "batch": size,
-        "floor_seconds": floor,
-        "floor_fraction": floor * found["ours"]["images_per_sec"] / size,
-        "groups": profile["groups"],
-    }
+    found = sides.compare(config, "train", size, command=command, rounds=rounds)
+    runs = found.pop("runs")
+    missing = [run["floor_missing"] for run in runs if "floor_missing" in run]
+    if missing:
+        found["floor_missing"] = missing[0]
+    else:
+        fractions = [run["floor_seconds"] * run["images_per_sec"] / size for run in runs]
+        found |= {
+            "floor_fraction": statistics.median(fractions),
+            "floor_rounds": fractions,
+            "floor_seconds": statistics.median(run["floor_seconds"] for run in runs),
+            "floor_gflops": runs[0]["floor_gflops"],
+        }
+    return {**found, "batch": size, "groups": sides.profiled(command=command, size=size)}
 
 
 def train_lines(result: dict[str, Any]) -> list[str]:
     """Return the text for what `train` found."""
     total = sum(result["groups"].values())
+    if "floor_missing" in result:
+        floor = [f"floor   not measured: {result['floor_missing']}"]
+    else:
+        floor = [
+            f"floor   {result['batch'] / result['floor_seconds']:7.2f} images/s if there were nothing but its "
+            f"{result['floor_gflops']:.0f} GFLOP of matrix products: {result['floor_fraction']:.3f} of that is reached "
+            f"(rounds: {_listed(result['floor_rounds'], 3)})"
+        ]
     return [
         *_sides_lines(result, f"updates of {result['batch']}"),
-        f"floor   {result['batch'] / result['floor_seconds']:7.2f} images/s if there were nothing but its matrix "
-        f"products: {result['floor_fraction']:.3f} of that is reached",
+        *floor,
         "kernels, one at a time:",
         *(
             f"  {name:<18} {seconds * 1e3:7.1f} ms  {seconds / total:6.1%}"
@@ -48,7 +59,8 @@ def train_lines(result: dict[str, Any]) -> list[str]:
 
 def evaluation(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
     """Compare evaluation without gradients with timm's `eval()` under `inference_mode`."""
-    found = sides.compare(config, "eval", EVAL_BATCH, command=command, rounds=rounds, said="eval")
+    found = sides.compare(config, "eval", EVAL_BATCH, command=command, rounds=rounds)
+    del found["runs"]
     return {**found, "batch": EVAL_BATCH}
 
 
@@ -64,11 +76,8 @@ def _sides_lines(result: dict[str, Any], what: str) -> list[str]:
         for name, side in result.items()
         if name in ("ours", "timm")
     ]
-    if "ratio" not in result:
-        return [
-            *lines,
-            "timm    not measured: torch, torchvision and timm are not installed, or it has no such network",
-        ]
+    if "unmatched" in result:
+        return [*lines, f"timm    not compared: {result['unmatched']}"]
     ratio = result["ratio"]
     return [
         *lines,
@@ -76,8 +85,8 @@ def _sides_lines(result: dict[str, Any], what: str) -> list[str]:
     ]
 
 
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.2f}" for value in values)
+def _listed(values: Sequence[float], digits: int = 2) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 def accumulate(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def memory(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
     sizes = sorted({max(1, config.micro_batch // 4), max(1, config.micro_batch // 2), config.micro_batch})
     wanted = {str(size): sides.Side((*command, f"--config.micro_batch={size}", "update", str(size))) for size in sizes}
     theirs = sides.peer(config, "train", config.micro_batch)
-    wanted |= {"timm": theirs} if theirs is not None else {}
+    wanted |= {"timm": theirs} if isinstance(theirs, sides.Side) else {}
     runs = sides.alternate(wanted, rounds=rounds, said="memory")
     peaks = {name: sides.summary(each)["peak_mb"] for name, each in runs.items()}
     other = peaks.pop("timm", None)
@@ -144,10 +153,10 @@ def memory_lines(result: dict[str, Any]) -> list[str]:
 
 def startup(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
     """Measure seconds from the start of a process until its first update of one micro-batch is done, by part."""
-    side = sides.Side((*command, "--updates=1", "update", str(config.global_batch)))
+    side = sides.Side((*command, "update", str(config.micro_batch)))
     runs = sides.alternate({"startup": side}, rounds=rounds, said="startup")["startup"]
     parts = {part: statistics.median(run["startup"][part] for run in runs) for part in runs[0]["startup"]}
-    return {"seconds": parts, "total": sum(parts.values()), "batch": config.global_batch}
+    return {"seconds": parts, "total": sum(parts.values()), "batch": config.micro_batch}
 
 
 def startup_lines(result: dict[str, Any]) -> list[str]:

@@ -172,4 +172,4 @@ def stand_in(directory: Path, *, num_classes: int, image_size: int) -> float:
     logging.info("writing the stand-in of BiT-M R50x3")
     bit.export(str(directory), num_classes=num_classes, image_size=image_size)
     network = bit.Network(num_classes=num_classes)
-    return cost.flops(network.logits, image_size)
+    return cost.of(network.logits, image_size).flops

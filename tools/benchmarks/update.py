@@ -6,7 +6,6 @@ Promises: nothing but the update is timed; the teacher's labels are given, so a 
 import dataclasses
 import math
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from deit.models import factory
 from deit.teachers import labels
 from tools.benchmarks import groups, products
 
-_CLASSES = 5
+CLASSES = 5
 
 
 class GivenLabels:
@@ -36,18 +35,19 @@ class GivenLabels:
         return tf.reshape(images, [images.shape[0], -1])[:, : self.num_classes]
 
 
-def noise(config, size: int, *, updates: int, examine: bool = False) -> dict[str, Any]:
+def noise(config, size: int, *, updates: int, examine: str = "") -> dict[str, Any]:
     """Time updates of `size` images of noise in this process, from its start on.
 
     Returns images_per_sec (median after the first two), peak_mb (resident, of the process so far), startup (seconds of
-    import, build, trace, optimise, run until the first update is done). `examine` adds, of updates of one micro-batch,
-    floor_seconds (its matrix products alone) and groups (seconds by kind of operation).
+    import, build, trace, optimise, run until the first update is done). `examine`: floor adds floor_seconds, an
+    update's matrix products alone, and floor_gflops, or floor_missing, why there are none; groups adds groups, seconds
+    by kind of operation. Both are for a size of one micro-batch.
     """
     passed = {"import": age()}
     runtime.prepare(config.precision)
     config = copy_of(config, {"global_batch": size, "augment.mixup": 0.0, "augment.cutmix": 0.0})
     started = time.perf_counter()
-    update, network = student(config, classes=[str(i) for i in range(_CLASSES)], train_size=1000)
+    update, network = student(config, classes=[str(i) for i in range(CLASSES)], train_size=1000)
     batch = pictures(size, config.data.image_size, len(network.drop_rates))
     passed["build"], started = time.perf_counter() - started, time.perf_counter()
     graph = update.trace(batch)
@@ -56,8 +56,14 @@ def noise(config, size: int, *, updates: int, examine: bool = False) -> dict[str
     usual = statistics.median(seconds[2:])
     passed |= {"optimise": max(0.0, seconds[0] - usual), "run": usual}
     found = {"images_per_sec": size / usual, "peak_mb": peak(), "startup": passed}
-    if examine:
-        found["floor_seconds"] = products.seconds(products.of(graph))
+    if examine == "floor":
+        try:
+            counted = products.of(graph)
+            found["floor_seconds"] = products.seconds(counted)
+            found["floor_gflops"] = sum(product.flops * count for product, count in counted.items()) / 1e9
+        except ValueError as error:
+            found["floor_missing"] = str(error)
+    if examine == "groups":
         found["groups"] = groups.measure(lambda: update(batch), runs=3)
     return found
 
@@ -67,7 +73,7 @@ def evaluation(config, size: int, *, updates: int) -> dict[str, float]:
     runtime.prepare(config.precision)
     with runtime.one_device().scope():
         network = factory.build(
-            config.model, num_classes=_CLASSES, image_size=config.data.image_size, precision=config.precision
+            config.model, num_classes=CLASSES, image_size=config.data.image_size, precision=config.precision
         )
     predict, images = evaluate.predictor(network), pictures(size, config.data.image_size, 0)["image"]
     seconds = timed(lambda: predict(images)["top1"], max(updates, 8))
@@ -79,7 +85,7 @@ def pictures(size: int, side: int, branches: int) -> dict[str, tf.Tensor]:
     rng = np.random.default_rng(0)
     return {
         "image": tf.constant(rng.integers(0, 256, [size, side, side, 3], np.uint8)),
-        "label": tf.constant(rng.integers(0, _CLASSES, [size]).astype("i4")),
+        "label": tf.constant(rng.integers(0, CLASSES, [size]).astype("i4")),
         "weight": tf.ones([size]),
         "position": tf.range(size, dtype=tf.int64),
         "drop": tf.constant((rng.random([size, branches]) > 0.1).astype("f4")),
@@ -97,8 +103,9 @@ def timed(run: Callable, count: int) -> list[float]:
 
 
 def peak() -> float:
-    """Return the largest resident memory of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the largest resident memory of this process so far, MB (Linux; getrusage's would be its parent's too)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def age() -> float:

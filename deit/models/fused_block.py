@@ -5,11 +5,13 @@ GELU and what is summed along a row are computed in float32 at least. Every form
 the rest of the model knows nothing of it. R = B * N rows, D channels, h heads of d channels.
 
 What is kept for the gradients of a micro-batch, for each block: two standardized inputs [R, D], q, k, v, attention
-[B, h, N, N], its output [R, D] and the MLP's hidden layer before GELU [R, 4 D].
+[B, h, N, N], its output [R, D] and the MLP's hidden layer before GELU [R, 4 D]; besides, whatever the batch, the two
+kernels [D, 3 D] and [D, 4 D] that a layer normalisation's scale was multiplied into.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,21 +151,27 @@ def attention(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, Call
 
 
 def softmax(scores: tf.Tensor) -> tf.Tensor:
-    """Return the softmax along the last axis, its sums in float32.
-
-    TensorFlow's kernels sum so by themselves, float16 on a CPU excepted.
-    """
-    if scores.dtype == tf.float16 and not tf.config.list_physical_devices("GPU"):
-        return tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), tf.float16)
+    """Return the softmax along the last axis, its sums in float32 whatever the dtype."""
+    if scores.dtype in (tf.bfloat16, tf.float16) and not _kernel_sums_in_float32(scores.dtype):
+        return tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), scores.dtype)
     return tf.nn.softmax(scores)
+
+
+@functools.cache
+def _kernel_sums_in_float32(dtype: tf.DType) -> bool:
+    """Try the softmax of half precision on this machine: 4096 ones, which bfloat16 and float16 can't count."""
+    with tf.init_scope():
+        uniform = tf.function(tf.nn.softmax, autograph=False)(tf.zeros([1, 4096], dtype))
+        return bool(tf.reduce_all(tf.cast(uniform, tf.float32) == 1 / 4096))
 
 
 @keras.utils.register_keras_serializable(package="deit", name="FusedBlock")
 class Block(vit.Block):
-    """`vit.Block` with the gradients above; scales that stand beside a dense layer are multiplied into its weights.
+    """`vit.Block` with the gradients above; scales that stand before a dense layer are multiplied into its weights.
 
-    (y g + b) W + c = y (diag(g) W) + (b W + c) for a layer normalisation's scale g and shift b, and the same from the
-    other side for LayerScale and for attention's d^-.5: products of [D, 4 D] instead of passes over [R, 4 D].
+    (y g + b) W + c = y (diag(g) W) + (b W + c) for a layer normalisation's scale g and shift b, and from the other side
+    for attention's d^-.5: products of [D, 4 D] instead of passes over [R, 4 D]. LayerScale stays where it is: in half
+    precision a kernel times 1e-6 is zero.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -197,24 +205,27 @@ class Block(vit.Block):
         q, k, v = tf.unstack(tf.transpose(tf.reshape(qkv, [-1, count, 3, heads, width]), [2, 0, 3, 1, 4]))
         q = q[:, :, : self.keep] if self.keep else q
         mixed = tf.reshape(attention(q, k, v), [-1, self.dim])
-        branch = self._dense(mixed, *_before(self.attn.proj, self.ls1 if self.layer_scale else None))
-        return self._branch(branch, self.keep or count)
+        branch = self._dense(mixed, self.attn.proj.kernel, self.attn.proj.bias)
+        return self._branch(branch, self.keep or count, "ls1")
 
     def _mlp(self, x: tf.Tensor) -> tf.Tensor:
         hidden = self._dense(self._rows(x), *_after(self.norm2, self.mlp.fc1))
-        kernel, bias = _before(self.mlp.fc2, self.ls2 if self.layer_scale else None)
-        branch = gelu_dense(hidden, self._rounded(kernel), self._rounded(bias))
-        return self._branch(branch, x.shape[1])
+        branch = gelu_dense(hidden, self._rounded(self.mlp.fc2.kernel), self._rounded(self.mlp.fc2.bias))
+        return self._branch(branch, x.shape[1], "ls2")
 
     def _rows(self, x: tf.Tensor) -> tf.Tensor:
+        """Return [B, N, D] standardized, as rows [R, D] in the compute dtype."""
         return tf.reshape(standardize(x, self.epsilon, self.compute_dtype), [-1, self.dim])
 
     def _dense(self, rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        """Return rows [R, C] kernel [C, E] + bias."""
         # On rows, not on [B, N, D]: TensorFlow then adds the bias in the product's own kernel.
         return _add_bias(tf.matmul(rows, self._rounded(kernel)), self._rounded(bias))
 
-    def _branch(self, rows: tf.Tensor, count: int) -> tf.Tensor:
-        return tf.cast(tf.reshape(rows, [-1, count, self.dim]), self.variable_dtype)
+    def _branch(self, rows: tf.Tensor, count: int, scale: str) -> tf.Tensor:
+        """Return what is added to the residual stream, [B, count, D], of rows [B * count, D]."""
+        branch = tf.cast(tf.reshape(rows, [-1, count, self.dim]), self.variable_dtype)
+        return branch * getattr(self, scale).gamma if self.layer_scale else branch
 
     def _rounded(self, x: tf.Tensor) -> tf.Tensor:
         return tf.cast(x, self.compute_dtype)
@@ -224,12 +235,6 @@ def _after(norm: Any, dense: Any) -> tuple[tf.Tensor, tf.Tensor]:
     """Return kernel and bias that do to a standardized input what `dense` does to `norm`'s output."""
     kernel = tf.convert_to_tensor(dense.kernel)
     return norm.gamma[:, None] * kernel, tf.linalg.matvec(kernel, norm.beta, transpose_a=True) + dense.bias
-
-
-def _before(dense: Any, layer_scale: Any) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return kernel and bias of `dense` followed by LayerScale, or by nothing where that is None."""
-    kernel, bias = tf.convert_to_tensor(dense.kernel), tf.convert_to_tensor(dense.bias)
-    return (kernel, bias) if layer_scale is None else _scaled(kernel, bias, layer_scale.gamma)
 
 
 def _scaled(kernel: tf.Tensor, bias: tf.Tensor, scale: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

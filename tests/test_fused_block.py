@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from configs import base
-from deit.models import factory, fused, paths
+from deit.models import factory, fused_block, paths
 
 SCALES = {"tiny": 1e-6, "ordinary": 1.0, "large": 20.0}
 SHAPES = {"odd": (7, 3, 5, 9), "one row": (1, 1, 1, 1), "even": (8, 2, 4, 16)}  # rows, heads, channels a head, tokens
@@ -22,7 +22,7 @@ def gelu_dense_case(shape, scale):
     def plain(x, kernel, bias):
         return x * 0.5 * (1.0 + tf.math.erf(x / np.sqrt(2.0))) @ kernel + bias
 
-    return fused.gelu_dense, plain, inputs
+    return fused_block.gelu_dense, plain, inputs
 
 
 def standardize_case(shape, scale):
@@ -33,7 +33,7 @@ def standardize_case(shape, scale):
         mean, variance = tf.nn.moments(x, -1, keepdims=True)
         return (x - mean) / tf.sqrt(variance + epsilon)
 
-    return (lambda x: fused.standardize(x, epsilon, x.dtype)), plain, [drawn(rows, tokens, channels, scale=scale)]
+    return (lambda x: fused_block.standardize(x, epsilon, x.dtype)), plain, [drawn(rows, tokens, channels, scale=scale)]
 
 
 def attention_case(shape, scale):
@@ -49,7 +49,7 @@ def attention_case(shape, scale):
         scores = tf.exp(tf.einsum("bhqd,bhkd->bhqk", q, k))
         return tf.einsum("bhqk,bhkd->bqhd", scores / tf.reduce_sum(scores, -1, keepdims=True), v)
 
-    return fused.attention, plain, inputs
+    return fused_block.attention, plain, inputs
 
 
 CASES = {"gelu_dense": gelu_dense_case, "standardize": standardize_case, "attention": attention_case}
@@ -88,14 +88,14 @@ def test_a_hand_written_gradient_is_the_slope_that_finite_differences_find(case,
 def test_gelu_and_its_slope_are_finite_far_out_and_exact_at_zero():
     points = tf.constant([[-1e18], [-40.0], [-1e-30], [0.0], [1e-30], [40.0], [1e18]])
     one, zero = tf.ones([1, 1]), tf.zeros([1])
-    y, (slope, _, _) = gradients(fused.gelu_dense, (points, one, zero), tf.ones([7, 1]))
+    y, (slope, _, _) = gradients(fused_block.gelu_dense, (points, one, zero), tf.ones([7, 1]))
     np.testing.assert_allclose(y.numpy().ravel(), [0, 0, -5e-31, 0, 5e-31, 40, 1e18], rtol=1e-6)
     np.testing.assert_allclose(slope.numpy().ravel(), [0, 0, 0.5, 0.5, 0.5, 1, 1], atol=1e-7)
 
 
 def test_attention_that_looks_at_one_token_alone_has_finite_gradients():
     q, k = tf.constant([[[[300.0]]]]), tf.constant([[[[300.0], [-300.0]]]])  # scores 90,000 and -90,000
-    y, got = gradients(fused.attention, (q, k, tf.constant([[[[2.0], [5.0]]]])), tf.ones([1, 1, 1, 1]))
+    y, got = gradients(fused_block.attention, (q, k, tf.constant([[[[2.0], [5.0]]]])), tf.ones([1, 1, 1, 1]))
     assert float(y) == 2.0
     np.testing.assert_array_equal(np.concatenate([g.numpy().ravel() for g in got]), [0, 0, 0, 1, 0])
 
@@ -103,14 +103,14 @@ def test_attention_that_looks_at_one_token_alone_has_finite_gradients():
 @pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16], ids=["bfloat16", "float16"])
 def test_sums_along_a_row_of_half_precision_are_taken_in_float32(dtype):
     """Summed in bfloat16, 4096 ones stop at 256; in float16, at 2048."""
-    uniform = fused.softmax(tf.zeros([2, 4096], dtype))
+    uniform = fused_block.softmax(tf.zeros([2, 4096], dtype))
     np.testing.assert_array_equal(tf.cast(uniform, tf.float32), np.full([2, 4096], 1 / 4096))
     ones = tf.ones([4096, 1], dtype)
-    _, (_, _, bias) = gradients(fused.gelu_dense, (ones, tf.ones([1, 1], dtype), tf.zeros([1], dtype)), ones)
+    _, (_, _, bias) = gradients(fused_block.gelu_dense, (ones, tf.ones([1, 1], dtype), tf.zeros([1], dtype)), ones)
     assert float(bias[0]) == 4096
     # A value whose mean is far from zero: in half precision the variance would be that of rounding.
     row = 100 + np.arange(4096) % 2
-    got = fused.standardize(tf.constant(row[None], tf.float32), 1e-6, dtype)
+    got = fused_block.standardize(tf.constant(row[None], tf.float32), 1e-6, dtype)
     np.testing.assert_array_equal(tf.cast(got, tf.float32), [np.where(row == 100, -1.0, 1.0)])
 
 
@@ -119,7 +119,7 @@ def test_the_softmax_gradient_of_half_precision_sums_in_float32():
     n, d = 512, 512
     v = np.repeat((np.arange(n) % 2)[:, None], d, 1)[None, None]
     inputs = [tf.cast(x, tf.bfloat16) for x in (np.zeros([1, 1, 1, d]), np.eye(n, d)[None, None], v)]
-    _, (dq, _, _) = gradients(fused.attention, inputs, tf.ones([1, 1, 1, d], tf.bfloat16))
+    _, (dq, _, _) = gradients(fused_block.attention, inputs, tf.ones([1, 1, 1, d], tf.bfloat16))
     np.testing.assert_array_equal(tf.cast(dq, tf.float32).numpy().ravel(), d * (v[0, 0, :, 0] - 0.5) / n)
 
 
@@ -200,6 +200,26 @@ def test_in_mixed_precision_a_network_is_no_farther_from_float32_than_the_plain_
     quick, plain = np.sqrt(np.mean(np.square(distances), 0))
     assert quick[:2].mean() < 1.1 * plain[:2].mean()
     assert np.median(quick[2:] / plain[2:]) < 1.1
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_a_layer_scale_that_half_precision_would_round_away_in_a_sum_counts(precision):
+    """One branch of the last block changes the logits as in float32, to a few bits of half precision."""
+
+    def effect(precision):
+        network = built(VARIANTS[2], fused_gradients=True, precision=precision)
+        names, variables = scattered(network)
+        gamma = variables[names.index("blocks/3/ls2/gamma")]
+        images = np.random.default_rng(1).integers(0, 256, [2, 32, 32, 3]).astype("f4")
+        before = []
+        for factor in (0.0, 1.0):
+            gamma.assign(tf.fill(gamma.shape, factor * 1e-4))
+            before.append(network.logits(images)["cls"].numpy())
+        return before[1] - before[0]
+
+    want = effect("float32")
+    assert np.abs(want).max() > 0
+    np.testing.assert_allclose(effect(precision), want, atol=0.1 * np.abs(want).max())
 
 
 def test_both_kinds_of_block_have_the_same_paths_initial_values_and_count():
