@@ -38,31 +38,32 @@ class Cost:
 def of(forward: Callable[[tf.Tensor], object], image_size: int) -> Cost:
     """Return the cost of `forward` on images float32 [1, image_size, image_size, 3]; it is traced, not run.
 
-    Bytes are of what depends on the image: weights that are cast or scaled for a whole batch are none of them, and of a
-    function that XLA compiles only its results are.
+    What does not depend on the image is not counted: weights that are cast or scaled once for a batch. Of a function
+    that XLA compiles, only the results are bytes.
     """
     images = tf.TensorSpec([1, image_size, image_size, 3], tf.float32)
     graph = tf.function(forward, autograph=False).get_concrete_function(images).graph
     operations = list(_operations(graph, {0}))
-    return Cost(sum(_flops(op) for op, _ in operations), sum(_bytes(op) for op, depends in operations if depends))
+    return Cost(sum(_flops(op) for op, _ in operations), sum(_bytes(op) for op, stored in operations if stored))
 
 
 def _operations(graph, given: set[int]) -> Iterator[tuple[tf.Operation, bool]]:
-    """Yield a graph's operations, and whether each depends on one of the inputs `given`, by number.
+    """Yield the operations that depend on one of the inputs `given`, by number, and whether their results are stored.
 
     A grouped convolution, and a SavedModel, are functions that it calls: theirs are yielded.
     """
     known = {graph.inputs[i].ref() for i in given}
     for op in graph.get_operations():  # in the order in which they were made, inputs first
-        depends = any(tensor.ref() in known for tensor in op.inputs)
-        known |= {tensor.ref() for tensor in op.outputs} if depends else set()
+        if not any(tensor.ref() in known for tensor in op.inputs):
+            continue
+        known |= {tensor.ref() for tensor in op.outputs}
         if op.type not in _CALLS:
-            yield op, depends
+            yield op, True
             continue
         called = graph._get_function(op.get_attr("f").name)
         inner = _operations(called.graph, {i for i, tensor in enumerate(op.inputs) if tensor.ref() in known})
-        if "_XlaMustCompile" in op.node_def.attr:  # what is between its operations is never stored
-            yield op, depends
+        if "_XlaMustCompile" in op.node_def.attr:
+            yield op, True
             yield from ((each, False) for each, _ in inner)
         else:
             yield from inner

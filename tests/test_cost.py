@@ -16,11 +16,12 @@ def test_products_and_convolutions_are_counted_by_their_definition():
     kernel, depthwise, matrix = tf.zeros([3, 3, 3, 8]), tf.zeros([3, 3, 3, 2]), tf.zeros([5, 7])
     assert counted(lambda x: tf.nn.conv2d(x, kernel, 2, "SAME")) == 2 * (8 * 8 * 8) * (3 * 3 * 3)
     assert counted(lambda x: tf.nn.depthwise_conv2d(x, depthwise, [1, 1, 1, 1], "SAME")) == 2 * (16 * 16 * 6) * 9
-    assert counted(lambda x: tf.matmul(tf.zeros([4, 5]), matrix)) == 2 * 4 * 5 * 7
-    assert counted(lambda x: tf.matmul(tf.zeros([5, 4]), matrix, transpose_a=True)) == 2 * 4 * 5 * 7
-    batched = tf.zeros([2, 4, 5]), tf.zeros([2, 3, 5])
-    assert counted(lambda x: tf.linalg.matmul(*batched, transpose_b=True)) == 2 * 2 * 4 * 5 * 3
-    assert counted(lambda x: tf.einsum("bqd,bkd->bqk", *batched)) == 2 * 2 * 4 * 5 * 3
+    assert counted(lambda x: tf.matmul(x[0, :4, :5, 0], matrix)) == 2 * 4 * 5 * 7
+    assert counted(lambda x: tf.matmul(x[0, :5, :4, 0], matrix, transpose_a=True)) == 2 * 4 * 5 * 7
+    keys = tf.zeros([2, 3, 5])
+    assert counted(lambda x: tf.linalg.matmul(x[0, :2, :4, :1] + keys[:, :1], keys, transpose_b=True)) == 240
+    assert counted(lambda x: tf.einsum("bqd,bkd->bqk", x[0, :2, :4, :1] + keys[:, :1], keys)) == 2 * 2 * 4 * 5 * 3
+    assert counted(lambda x: tf.reduce_sum(x) + tf.matmul(matrix, matrix, transpose_b=True)) == 0  # not of the image
 
 
 def test_a_grouped_convolution_is_counted_inside_the_function_that_it_is():
