@@ -404,7 +404,7 @@ def texts() -> Iterator[pathlib.Path]:
     for name in ("launch", "tools", "docs", "configs", ".ci", "README.md", "CONTRIBUTING.md", "Makefile"):
         path = REPOSITORY / name
         found = [path] if path.is_file() else path.rglob("*")
-        yield from (each for each in found if each.is_file() and each.suffix != ".pyc")
+        yield from (each for each in found if each.is_file() and each.suffix not in (".pyc", ".png"))
 
 
 def opened(text: str) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ python tools/benchmark.py set [--config=FILE] [--rounds=3] [--out=FILE.md] [--js
     Markdown. `make bench` is this; half an hour on 2 cores, which must have nothing else to do.
 python tools/benchmark.py calibrate [--config=FILE]
     Two minutes of measurements that let --mode=plan predict images/s and memory on this machine, kept in the user's
-    cache directory (XDG_CACHE_HOME).
+    cache directory (or in DEIT_CACHE_DIR).
 python tools/benchmark.py data [--config=FILE] [--recipe=config] [--images=2048] [--rounds=3] [--updates=3] [--json]
     The data stream stage by stage (read, decode+crop, augment, batch, mix): images/s, CPU time, the bottleneck; the
     images/s that the configured student takes; which of the two limits training, and by what factor.
@@ -245,6 +245,8 @@ def _refuse_others(mode: str) -> None:
     """Raise UserError where a flag of `data` or `teacher` alone was given."""
     _refuse(["peer", "images", "recipe", "timm_python"], f"measures `data` and has no meaning for `{mode}`")
     _refuse(["stand_in"], f"chooses what `teacher` measures and has no meaning for `{mode}`")
+    if mode not in ("scaling", "set"):
+        _refuse(["out"], f"is where `scaling` and `set` write and has no meaning for `{mode}`")
 
 
 def _refuse(names: list[str], why: str) -> None:
