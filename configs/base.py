@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     c.model.seed = 0  # drives initial weights and drop-path
     c.model.norm_epsilon = 1e-6  # of the layer normalisations, above 0; networks of Hugging Face have 1e-12
     c.model.drop_path = 0.1  # rate of the last block, linear over depth (DeiT), or of all (DeiT-III); 0 <= . < 1
-    # Hand-written gradients of DeiT's blocks (deit/models/fused_block.py): faster, half the memory. False: plain layers
+    # Hand-written gradients of DeiT's blocks (deit/models/fused_block.py): faster, less memory. False: plain layers
     c.model.fused_gradients = True
     c.model.mean = (0.485, 0.456, 0.406)  # input is (x / 255 - mean) / std; ImageNet's
     c.model.std = (0.229, 0.224, 0.225)

@@ -274,6 +274,14 @@ def test_every_measurement_runs_for_a_small_network_without_a_peer(mode):
         assert result["seconds"]["import"] > 0.5
 
 
+@pytest.mark.parametrize("out", [["--out=t.md"], ["--out", "t.md"]], ids=["one word", "two words"])
+def test_a_process_of_a_measurement_is_started_without_its_mode_and_where_the_result_goes(out):
+    code = "import sys; from tools import benchmark; print(benchmark._command('set')[2:])"
+    command = [sys.executable, "-c", code, "set", *out, "--rounds=2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "['--rounds=2']", done.stderr
+
+
 def test_a_flag_of_another_measurement_is_refused():
     done = tool("train", "--peer")
     assert (done.returncode, done.stderr.strip()) == (

@@ -120,8 +120,11 @@ def _calibrate() -> tuple[dict, list[str]]:
 
 
 def _command(mode: str) -> list[str]:
-    """Return this command without its mode: what a process of a measurement is started with."""
-    words = sys.argv[1:]
+    """Return this command without its mode and --out: what a process of a measurement is started with."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--out=")]
+    if "--out" in words:
+        place = words.index("--out")
+        del words[place : place + 2]
     words.remove(mode)
     return [sys.executable, __file__, *words]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools import peer_packages
+from tools.benchmarks import resident
 
 CLASSES, SMOOTHING = 5, 0.1
 
@@ -43,17 +44,11 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     found = {
         "images_per_sec": wanted.batch / statistics.median(seconds[3:]),
-        "peak_mb": peak(),
+        "peak_mb": resident.peak(),
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
     print(json.dumps(found))
-
-
-def peak() -> float:
-    """Return the largest resident memory of this process so far, MB (Linux)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def _training(torch, model, images, half):

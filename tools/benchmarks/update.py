@@ -19,7 +19,7 @@ from deit import config as configuration
 from deit import evaluate, runtime, train_step
 from deit.models import factory
 from deit.teachers import labels
-from tools.benchmarks import groups, products
+from tools.benchmarks import groups, products, resident
 
 CLASSES = 5
 
@@ -55,7 +55,7 @@ def noise(config, size: int, *, updates: int, examine: str = "") -> dict[str, An
     seconds = timed(lambda: update(batch), max(updates, 12) if size <= config.micro_batch else updates)
     usual = statistics.median(seconds[2:])
     passed |= {"optimise": max(0.0, seconds[0] - usual), "run": usual}
-    found = {"images_per_sec": size / usual, "peak_mb": peak(), "startup": passed}
+    found = {"images_per_sec": size / usual, "peak_mb": resident.peak(), "startup": passed}
     if examine == "floor":
         try:
             counted = products.of(graph)
@@ -77,7 +77,7 @@ def evaluation(config, size: int, *, updates: int) -> dict[str, float]:
         )
     predict, images = evaluate.predictor(network), pictures(size, config.data.image_size, 0)["image"]
     seconds = timed(lambda: predict(images)["top1"], max(updates, 8))
-    return {"images_per_sec": size / statistics.median(seconds[2:]), "peak_mb": peak()}
+    return {"images_per_sec": size / statistics.median(seconds[2:]), "peak_mb": resident.peak()}
 
 
 def pictures(size: int, side: int, branches: int) -> dict[str, tf.Tensor]:
@@ -100,12 +100,6 @@ def timed(run: Callable, count: int) -> list[float]:
         run().numpy()
         seconds.append(time.perf_counter() - started)
     return seconds
-
-
-def peak() -> float:
-    """Return the largest resident memory of this process so far, MB (Linux; getrusage's would be its parent's too)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def age() -> float:
