@@ -206,12 +206,12 @@ class Block(vit.Block):
         q = q[:, :, : self.keep] if self.keep else q
         mixed = tf.reshape(attention(q, k, v), [-1, self.dim])
         branch = self._dense(mixed, self.attn.proj.kernel, self.attn.proj.bias)
-        return self._branch(branch, self.keep or count, "ls1")
+        return self._branch(branch, self.keep or count, self.ls1 if self.layer_scale else None)
 
     def _mlp(self, x: tf.Tensor) -> tf.Tensor:
         hidden = self._dense(self._rows(x), *_after(self.norm2, self.mlp.fc1))
         branch = gelu_dense(hidden, self._rounded(self.mlp.fc2.kernel), self._rounded(self.mlp.fc2.bias))
-        return self._branch(branch, x.shape[1], "ls2")
+        return self._branch(branch, x.shape[1], self.ls2 if self.layer_scale else None)
 
     def _rows(self, x: tf.Tensor) -> tf.Tensor:
         """Return [B, N, D] standardized, as rows [R, D] in the compute dtype."""
@@ -222,10 +222,10 @@ class Block(vit.Block):
         # On rows, not on [B, N, D]: TensorFlow then adds the bias in the product's own kernel.
         return _add_bias(tf.matmul(rows, self._rounded(kernel)), self._rounded(bias))
 
-    def _branch(self, rows: tf.Tensor, count: int, scale: str) -> tf.Tensor:
+    def _branch(self, rows: tf.Tensor, count: int, scale: vit.LayerScale | None) -> tf.Tensor:
         """Return what is added to the residual stream, [B, count, D], of rows [B * count, D]."""
         branch = tf.cast(tf.reshape(rows, [-1, count, self.dim]), self.variable_dtype)
-        return branch * getattr(self, scale).gamma if self.layer_scale else branch
+        return branch if scale is None else branch * scale.gamma
 
     def _rounded(self, x: tf.Tensor) -> tf.Tensor:
         return tf.cast(x, self.compute_dtype)
