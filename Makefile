@@ -33,7 +33,8 @@ lint: $(READY)
 
 # Speed and memory beside timm's (after `make peers`): half an hour, on a machine that does nothing else.
 bench: $(READY)
-	$(BIN)/python tools/benchmark.py set --config=configs/deit_tiny_flowers.py --out=runs/bench/table.md
+	@mkdir -p runs/bench
+	$(BIN)/python tools/benchmark.py set --config=configs/deit_tiny_flowers.py --out=runs/bench/$(shell date +%Y-%m-%d-%H%M).md
 
 tensorboard: $(READY)
 	$(BIN)/tensorboard --logdir runs

@@ -21,6 +21,23 @@ from deit import errors
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what write() says without a file's name
 
 
+def new_file(flag: str, value: str | None, ending: str = "") -> Path | None:
+    """Return the path of a file that a flag names and that is to be written; None where the flag is empty.
+
+    Errors: UserError where it exists, ends otherwise, or its directory is not there: asked before the work begins.
+    """
+    if not value:
+        return None
+    path = Path(value).expanduser()
+    if path.suffix.lower() != ending and ending:
+        raise errors.UserError(f"{flag} ({path}) must end in {ending}")
+    if os.path.lexists(path):
+        raise errors.UserError(f"{flag} ({path}) exists; nothing is overwritten: remove it or choose another")
+    if not path.absolute().parent.is_dir():
+        raise errors.UserError(f"{flag} ({path}) must lie in a directory that exists")
+    return path
+
+
 def run(
     main: Callable[[list[str]], int],
     *,

@@ -62,7 +62,7 @@ def _operations(graph, given: set[int]) -> Iterator[tuple[tf.Operation, bool]]:
             continue
         called = graph._get_function(op.get_attr("f").name)
         inner = _operations(called.graph, {i for i, tensor in enumerate(op.inputs) if tensor.ref() in known})
-        if "_XlaMustCompile" in op.node_def.attr:
+        if "_XlaMustCompile" in op.node_def.attr and op.get_attr("_XlaMustCompile"):
             yield op, True
             yield from ((each, False) for each, _ in inner)
         else:

@@ -5,8 +5,9 @@ floating-point operations and bytes that `cost` counts in the student's own grap
 
 An update takes FLOPs / (FLOP/s) + bytes / (bytes/s) an image, three times the forward pass of both. On this machine the
 two rates are fitted to measured updates (tools/benchmark.py calibrate). On a GPU they are its data sheet's, of which
-an update is taken to reach half. With 8 V100 in 53 hours for 300 epochs (arXiv:2012.12877, section 5.6), DeiT-B reached
-.76 of what the sheet gives plain layers in half precision; smaller networks reach less.
+an update is taken to reach half. Counted so (the default layers' bytes), a V100 reached .49 in arXiv:2012.12877 when it
+trained DeiT-B in half precision, data and all (8 of them, 300 epochs, 53 hours: section 5.6), and .77 to .81 in forward
+passes of DeiT-Ti, S, B and B at 384 px (2536, 940, 292 and 86 images/s), which fits float32.
 """
 
 import dataclasses
@@ -18,14 +19,16 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from deit import config as configuration
 from deit import cost, workdir
 from deit.data import stream
+from deit.models import factory
 
 REACHED = 0.5
-_PASSES = 3.0  # forward, and twice as much backward
 _TOUCHES = 2.0  # an activation is written and read
 _CONTEXT_BYTES = 0.7e9  # what CUDA and its libraries hold before the first tensor
-VERSION = 1
+VERSION = 2
+_KEY = {"precision": "float32", "model.fused_gradients": True, "xla": False}  # and what configs/base.py has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Machine:
     flops: float
     bandwidth: float
 
-    def images_per_sec(self, spent: cost.Cost) -> float:
-        """Return images/s of training updates, of a forward pass' cost in the precision that is asked for."""
+    def images_per_sec(self, spent: cost.Cost, passes: float = 3.0) -> float:
+        """Return images/s of updates that take `passes` times a forward pass' cost, in the precision asked for."""
         moved = _TOUCHES * spent.activation_bytes
-        return 1.0 / (_PASSES * (spent.flops / self.flops + moved / self.bandwidth))
+        return 1.0 / (passes * (spent.flops / self.flops + moved / self.bandwidth))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +75,42 @@ GPUS = {
 }
 
 
-def gpu_images_per_sec(gpu: Gpu, spent: cost.Cost, precision: str) -> float:
-    """Return what an update reaches on a GPU, images/s: an estimate; nan where it has no units for bfloat16."""
+def passes(config) -> float:
+    """Return an update's cost over a forward pass': backward costs twice forward; heads alone need none below them."""
+    return 1.0 if config.optim.train_only == "heads" else 3.0
+
+
+def gpu_flops(gpu: Gpu, precision: str) -> float:
+    """Return the data sheet's FLOP/s in a precision; nan for bfloat16 where its units don't take it."""
     if precision == "mixed_bfloat16" and not gpu.bfloat16:
         return math.nan
     single = (gpu.tf32 or gpu.single) if precision == "tf32" else gpu.single
-    flops = gpu.half if precision.startswith("mixed") else single
-    return Machine(REACHED * flops, REACHED * gpu.bandwidth).images_per_sec(spent)
+    return gpu.half if precision.startswith("mixed") else single
 
 
-def kept_bytes(spent: cost.Cost, *, fused: bool) -> float:
+def gpu_images_per_sec(gpu: Gpu, spent: cost.Cost, precision: str, passes: float = 3.0) -> float:
+    """Return what an update reaches on a GPU, images/s: an estimate; nan where it has no units for bfloat16."""
+    machine = Machine(REACHED * gpu_flops(gpu, precision), REACHED * gpu.bandwidth)
+    return machine.images_per_sec(spent, passes)
+
+
+def weights_bytes(config, *, count: int, trained: int) -> float:
+    """Return the bytes of an update that no image adds to: weights, moments, averages, gradients and their sum.
+
+    `count`, `trained`: parameters. Fused blocks hold qkv's and fc1's kernels a second time, 7 of 12 parts of a block.
+    """
+    copies = 4 + bool(config.optim.ema_decay) + config.optim.amsgrad
+    return 4.0 * (count + trained * copies + (0.6 * count if fused(config) else 0.0))
+
+
+def fused(config) -> bool:
+    """Return whether a configuration's student has the blocks of `models/fused_block.py`."""
+    return config.model.fused_gradients and factory.shape_of(config.model) is not None
+
+
+def kept_bytes(config, spent: cost.Cost) -> float:
     """Return the bytes that an update holds for an image: a part of what its forward pass makes, as on DeiT-Ti."""
-    return spent.activation_bytes * (0.4 if fused else 0.5)
+    return spent.activation_bytes * (0.4 if fused(config) else 0.5)
 
 
 def gpu_memory(*, weights: float, kept: float, micro_batch: int) -> float:
@@ -117,8 +144,15 @@ def fingerprint() -> str:
 
 
 def key(config) -> str:
-    """Return what a calibration is of: everything in a configuration that changes rates, the network's size apart."""
-    return f"{config.precision}, fused_gradients {config.model.fused_gradients}, xla {config.xla}"
+    """Return what a calibration is of: what in a configuration changes rates most, the network's size apart."""
+    values = dict(configuration.flatten(config))
+    return ", ".join(f"{name} {values[name]}" for name in _KEY)
+
+
+def flags(config) -> list[str]:
+    """Return what tools/benchmark.py calibrate needs on its command line to measure for a configuration."""
+    values = dict(configuration.flatten(config))
+    return [f"--config.{name}={values[name]}" for name, usual in _KEY.items() if values[name] != usual]
 
 
 def _processor() -> str:
@@ -142,7 +176,7 @@ def cache_path() -> Path:
 
 def read(config) -> Calibration | None:
     """Return this machine's calibration for a configuration of a DeiT; None where there is none that can be read."""
-    if not config.model.variant.startswith("deit"):
+    if factory.shape_of(config.model) is None:
         return None
     try:
         stored = json.loads(cache_path().read_text(encoding="utf-8"))

@@ -52,17 +52,18 @@ def curves(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str, *, ove
     for i, (run, (steps, values)) in enumerate(lines.items()):
         colour = f"C{i}"
         above.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        run = f" {_literal(run)}"  # what begins with an underscore would be left out of the legend
         above.plot(*_smooth(steps, values, over), color=colour, label=run)
-        if i:
-            both, ours, theirs = np.intersect1d(steps, first_steps, return_indices=True)
+        both, ours, theirs = np.intersect1d(steps, first_steps, return_indices=True)
+        if i and len(both):
             distance = values[ours] - first[theirs]
-            spread = np.sqrt(np.mean(distance**2)) if len(both) else float("nan")
+            spread = np.sqrt(np.mean(distance**2))
             below.plot(*_smooth(both, distance, over), color=colour, label=f"{run}: {spread:.3g} root mean square")
-    above.set_ylabel(name)
+    above.set_ylabel(_literal(name))
     above.legend(fontsize=8)
     below.axhline(0, color="C0", linewidth=0.8)
-    below.set(xlabel="finished updates", ylabel=f"less {next(iter(lines))}")
-    if len(lines) > 1:
+    below.set(xlabel="finished updates", ylabel=f"less {_literal(next(iter(lines)))}")
+    if below.get_legend_handles_labels()[0]:
         below.legend(fontsize=8)
     return _drawn(figure)
 

@@ -13,13 +13,12 @@ from ml_collections import ConfigDict
 from deit import config as configuration
 from deit import cost, errors, estimates, job, teachers, warm_start
 from deit.data import sources
-from deit.models import factory, paths
+from deit.models import factory, fused_block, paths
 from deit.teachers import labels
 
 # Resident bytes of a process on a CPU with TensorFlow 2.15.1 that has traced and optimised an update, no tensors.
 _BASE_MEMORY = 0.8e9
-# NVIDIA's numbers for a V100 (SXM2), FLOP/s: tensor cores in half precision, and float32.
-_V100_HALF, _V100_SINGLE = 125e12, 15.7e12
+_V100 = estimates.GPUS["V100-16GB"]
 _UTILISATION = 0.2
 
 
@@ -32,15 +31,16 @@ def describe(
     what the teacher's answer to one image costs, nan where nobody counted.
     """
     r, o = config.resolved, config.optim
-    spent = cost.of(network.logits, network.image_size)
+    with fused_block.compiling(True):  # the same numbers on every machine
+        spent = cost.of(network.logits, network.image_size)
+    with fused_block.compiling(config.xla):
+        on_gpu = cost.of(network.logits, network.image_size)
     sizes = {path: int(np.prod(variable.shape)) for path, variable in paths.variables(network.model)}
     count, trained = sum(sizes.values()), sum(n for path, n in sizes.items() if paths.trains(path, o.train_only))
     copies = 2 + bool(o.ema_decay) + o.amsgrad  # two moments (Adam's, LAMB's), of what is trained
     disk = 4 * (count + trained * copies)
-    weights = 4.0 * (count + trained * (copies + 2))  # gradients of a micro-batch, their sum
-    fused = config.model.fused_gradients and config.model.variant.startswith("deit")
-    weights += 4.0 * count * 0.6 if fused else 0.0  # qkv's and fc1's kernels with a scale multiplied in: 7 of 12
-    kept = estimates.kept_bytes(spent, fused=fused)
+    weights = estimates.weights_bytes(config, count=count, trained=trained)
+    kept = estimates.kept_bytes(config, spent)
     calibrated = estimates.read(config)
     source = f"calibrated {calibrated.measured}" if calibrated else "estimate"
     memory = (
@@ -72,21 +72,19 @@ def describe(
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
         "memory": f"about {memory / 1e9:.1f} GB without the teacher ({source})",
         "speed here": _speed(spent, calibrated, config),
-        **_gpus(spent, weights, kept, config),
+        **_gpus(on_gpu, weights, kept, config),
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
 
 
 def _speed(spent: cost.Cost, calibrated: estimates.Calibration | None, config) -> str:
     """Return images/s of the student's updates on this machine, and how long the run's take."""
-    if not config.model.variant.startswith("deit"):
+    if factory.shape_of(config.model) is None:
         return ""
     if calibrated is None:
-        fields = (("precision", "float32"), ("model.fused_gradients", True), ("xla", False))
-        values = dict(configuration.flatten(config))
-        flags = "".join(f" --config.{name}={values[name]}" for name, usual in fields if values[name] != usual)
-        return f"not calibrated: python tools/benchmark.py calibrate{flags} (two minutes)"
-    rate = calibrated.machine.images_per_sec(spent)
+        command = " ".join(["python tools/benchmark.py calibrate", *estimates.flags(config)])
+        return f"not calibrated: {command} (two minutes)"
+    rate = calibrated.machine.images_per_sec(spent, estimates.passes(config))
     return (
         f"about {rate:.3g} images/s of the student's updates, {_images(config) / rate / 3600:.3g} hours in all on "
         f"one such machine (calibrated {calibrated.measured}, {calibrated.worst:.0%} off at most there)"
@@ -97,17 +95,21 @@ def _gpus(spent: cost.Cost, weights: float, kept: float, config) -> dict[str, st
     """Return a row on a V100 and one on other GPUs, from their data sheets; none where the FLOPs are not known."""
     if math.isnan(spent.flops):
         return {}
-    rates = {name: estimates.gpu_images_per_sec(gpu, spent, config.precision) for name, gpu in estimates.GPUS.items()}
+    passes = estimates.passes(config)
+    rates = {
+        name: estimates.gpu_images_per_sec(gpu, spent, config.precision, passes) for name, gpu in estimates.GPUS.items()
+    }
     memory = estimates.gpu_memory(weights=weights, kept=kept, micro_batch=config.micro_batch)
     first, *others = rates
-    own = f"about {rates[first]:,.0f} images/s of the student's updates"
+    hours = _images(config) / rates[first] / 3600
+    own = f"about {rates[first]:,.0f} images/s of the student's updates, {hours:.3g} hours"
     if math.isnan(rates[first]):
         own = f"has no units for bfloat16 ({config.precision})"
     room = (
         f"{memory / 1e9:.1f} of {estimates.GPUS[first].memory / 1e9:.0f} GB for a micro-batch of {config.micro_batch}"
     )
     listed = ", ".join(f"{name} {rates[name]:,.0f}" for name in others if not math.isnan(rates[name]))
-    return {first: f"{own}, {room} (estimate)", "other GPUs": f"{listed} images/s (estimates)"}
+    return {first: f"{own}, {room} (estimate from FLOPs and bytes)", "other GPUs": f"{listed} images/s (estimates)"}
 
 
 def gpu_hours(flops: float, config) -> float:
@@ -115,32 +117,27 @@ def gpu_hours(flops: float, config) -> float:
 
     A student's update is three times its forward pass (twice that backward), a teacher's answer one. The fifth is what
     the paper's own time comes to: DeiT-B, 300 epochs, 53 hours on 8 V100 (arXiv:2012.12877, section 5.6), 3 x 35
-    GFLOPs an image. Smaller networks reach less. Evaluation is not in it.
+    GFLOPs an image. Smaller networks reach less. Evaluation is not in it. nan: a V100 does not do this precision.
     """
-    return flops * _images(config) / (_UTILISATION * _peak(config.precision)) / 3600.0
+    return flops * _images(config) / (_UTILISATION * estimates.gpu_flops(_V100, config.precision)) / 3600.0
 
 
 def _images(config) -> int:
     return config.resolved.total_updates * config.global_batch
 
 
-def _peak(precision: str) -> float:
-    return _V100_HALF if precision.startswith("mixed") else _V100_SINGLE
-
-
 def _compute(forward: float, teacher: float, config) -> str:
     """Return what the updates cost: the student's, and the teacher's where it is asked during the run."""
-    # A pass backward costs two forward, for attention alone a little less; heads alone need none through the trunk.
-    student, unknown = forward * (1.0 if config.optim.train_only == "heads" else 3.0), ""
+    student, unknown = forward * estimates.passes(config), ""
     asked = config.distill.kind != "none" and config.teacher.cache != "read"
     if not asked or math.isnan(teacher):
         teacher, unknown = 0.0, "; the teacher's answers are not counted" if asked else ""
+    total, peak = (student + teacher) * _images(config), estimates.gpu_flops(_V100, config.precision)
+    if math.isnan(peak):
+        return f"{total:.3g} FLOPs{unknown}; a V100 has no units for bfloat16"
     hours = [_hours(gpu_hours(flops, config)) for flops in (student, teacher) if flops]
     shares = f"{hours[0]} for the student and {hours[1]} for the teacher's answers" if teacher else hours[0]
-    return (
-        f"{(student + teacher) * _images(config):.3g} FLOPs, about {shares} "
-        f"at {_UTILISATION:.0%} of {_peak(config.precision) / 1e12:g} TFLOP/s{unknown}"
-    )
+    return f"{total:.3g} FLOPs, by these alone {shares} at {_UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s{unknown}"
 
 
 def _hours(hours: float) -> str:

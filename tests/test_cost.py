@@ -31,6 +31,15 @@ def test_a_grouped_convolution_is_counted_inside_the_function_that_it_is():
     assert counted(model) == 2 * 16 * 16 * (8 * 3 + 32 * (9 * 8 // 4))
 
 
+@pytest.mark.parametrize(("compiled", "tensors"), [(True, 2), (False, 4)])
+def test_of_a_function_that_xla_compiles_only_the_results_are_bytes(compiled, tensors):
+    @tf.function(autograph=False, jit_compile=compiled)
+    def two_results(x):
+        return tf.sin(x) + 1.0, tf.cos(x) * 2.0
+
+    assert cost.of(two_results, 16).activation_bytes == tensors * 16 * 16 * 3 * 4
+
+
 def test_sizes_that_the_graph_leaves_open_are_no_number():
     kernel = tf.zeros([3, 3, 3, 8])
 

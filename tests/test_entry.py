@@ -255,3 +255,15 @@ def test_a_table_of_runs_has_a_line_a_run(smoke):
     assert code == 0, err
     assert re.search(r"runs/smoke\s+deit_micro_distilled_patch4_32\s+hard\s+3/3\s+0\.\d{4}", out)
     assert "tensorboard --logdir runs" in out
+
+
+def test_runs_are_drawn_to_a_new_picture_and_a_metric_that_is_not_there_is_one_line(smoke):
+    words = ("tools/compare_runs.py", "runs/smoke", "runs/smoke/teacher", "--picture=curves.png")
+    code, _, err = run(*words, cwd=smoke)
+    assert code == 0, err
+    assert (smoke / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert_one_line(run(*words, cwd=smoke), "--picture (curves.png) exists; nothing is overwritten")
+    assert_one_line(
+        run(*words[:3], "--picture=b.png", "--metric=train/los", cwd=smoke), "--metric (train/los) is not in"
+    )
+    assert_one_line(run(*words[:3], "--metric=eval/top1", cwd=smoke), "--metric chooses what --picture")

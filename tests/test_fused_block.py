@@ -52,7 +52,18 @@ def attention_case(shape, scale):
     return fused_block.attention, plain, inputs
 
 
-CASES = {"gelu_dense": gelu_dense_case, "standardize": standardize_case, "attention": attention_case}
+def add_bias_case(shape, scale):
+    rows, _, channels, tokens = shape
+    inputs = drawn(rows * tokens, channels, scale=scale), drawn(channels, seed=1)
+    return fused_block._add_bias, (lambda x, bias: x + bias[None]), inputs
+
+
+CASES = {
+    "gelu_dense": gelu_dense_case,
+    "standardize": standardize_case,
+    "attention": attention_case,
+    "add_bias": add_bias_case,
+}
 
 
 def gradients(function, inputs, upstream):
@@ -65,11 +76,13 @@ def gradients(function, inputs, upstream):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_hand_written_gradient_is_that_of_the_plain_formula_in_float64(case, scale, shape):
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "as on a GPU"])
+def test_a_hand_written_gradient_is_that_of_the_plain_formula_in_float64(compiled, case, scale, shape):
     function, plain, inputs = case(shape, scale)
     upstream = drawn(*plain(*inputs).shape, seed=3)
     want_y, want = gradients(plain, inputs, upstream)
-    got_y, got = gradients(function, inputs, upstream)
+    with fused_block.compiling(compiled):
+        got_y, got = gradients(function, inputs, upstream)
     np.testing.assert_allclose(got_y, want_y, rtol=1e-10, atol=1e-12)
     for g, w in zip(got, want):
         np.testing.assert_allclose(g, w, rtol=1e-8, atol=1e-10 * max(1.0, np.abs(w).max()))
@@ -103,8 +116,6 @@ def test_attention_that_looks_at_one_token_alone_has_finite_gradients():
 @pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16], ids=["bfloat16", "float16"])
 def test_sums_along_a_row_of_half_precision_are_taken_in_float32(dtype):
     """Summed in bfloat16, 4096 ones stop at 256; in float16, at 2048."""
-    uniform = fused_block.softmax(tf.zeros([2, 4096], dtype))
-    np.testing.assert_array_equal(tf.cast(uniform, tf.float32), np.full([2, 4096], 1 / 4096))
     ones = tf.ones([4096, 1], dtype)
     _, (_, _, bias) = gradients(fused_block.gelu_dense, (ones, tf.ones([1, 1], dtype), tf.zeros([1], dtype)), ones)
     assert float(bias[0]) == 4096
@@ -112,6 +123,35 @@ def test_sums_along_a_row_of_half_precision_are_taken_in_float32(dtype):
     row = 100 + np.arange(4096) % 2
     got = fused_block.standardize(tf.constant(row[None], tf.float32), 1e-6, dtype)
     np.testing.assert_array_equal(tf.cast(got, tf.float32), [np.where(row == 100, -1.0, 1.0)])
+
+
+@pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("trusted", [None, False], ids=["tried", "not trusted"])
+def test_a_softmax_of_half_precision_is_float32_s_within_its_own_rounding(dtype, trusted, monkeypatch):
+    if trusted is not None:
+        monkeypatch.setattr(fused_block, "_kernel_sums_in_float32", lambda dtype: trusted)
+    scores = tf.cast(np.random.default_rng(5).uniform(-1, 1, [50, 300]), dtype)
+    exact = np.exp(tf.cast(scores, tf.float64).numpy())
+    exact /= exact.sum(-1, keepdims=True)
+    rounding = {tf.bfloat16: 2.0**-7, tf.float16: 2.0**-10}[dtype]
+    np.testing.assert_allclose(tf.cast(fused_block.softmax(scores), tf.float64), exact, rtol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16], ids=["bfloat16", "float16"])
+def test_a_softmax_kernel_that_sums_in_half_precision_is_found_out(dtype, monkeypatch):
+    def summed_in_half(scores):
+        powers = tf.exp(scores)
+        halves = powers
+        while halves.shape[-1] > 1:  # a tree, as TensorFlow's own kernel: far better than one after the other
+            halves = halves[:, ::2] + halves[:, 1::2]
+        return powers / halves
+
+    fused_block._kernel_sums_in_float32.cache_clear()
+    monkeypatch.setattr(tf.nn, "softmax", lambda x: summed_in_half(x) if x.dtype == dtype else tf.exp(
+        x - tf.reduce_logsumexp(x, -1, keepdims=True)
+    ))  # fmt: skip
+    assert not fused_block._kernel_sums_in_float32(dtype)
+    fused_block._kernel_sums_in_float32.cache_clear()
 
 
 def test_the_softmax_gradient_of_half_precision_sums_in_float32():
@@ -222,8 +262,11 @@ def test_a_layer_scale_that_half_precision_would_round_away_in_a_sum_counts(prec
     np.testing.assert_allclose(effect(precision), want, atol=0.1 * np.abs(want).max())
 
 
-def test_both_kinds_of_block_have_the_same_paths_initial_values_and_count():
-    plain, quick = (paths.variables(built(VARIANTS[2], fused_gradients=f).model) for f in (False, True))
+def test_both_kinds_of_block_have_the_same_names_paths_initial_values_and_count():
+    networks = [built(VARIANTS[2], fused_gradients=f).model for f in (False, True)]
+    names = [[variable.name for variable in model.weights] for model in networks]
+    assert names[0] == names[1] and len(set(names[0])) == len(names[0])
+    plain, quick = map(paths.variables, networks)
     assert [path for path, _ in plain] == [path for path, _ in quick]
     for (path, a), (_, b) in zip(plain, quick):
         np.testing.assert_array_equal(a, b, err_msg=path)
@@ -236,3 +279,8 @@ def test_a_network_with_hand_written_gradients_is_a_keras_model_like_any_other(t
     clone = type(network.model).from_config(network.model.get_config())
     clone.set_weights(network.model.get_weights())
     np.testing.assert_array_equal(clone(images)["cls"], network.logits(images)["cls"])
+    network.model.save_weights(tmp_path / "weights.h5")  # by the variables' names
+    plain = built(VARIANTS[0], fused_gradients=False)
+    plain.model.load_weights(tmp_path / "weights.h5")
+    for (path, a), (_, b) in zip(paths.variables(plain.model), paths.variables(network.model)):
+        np.testing.assert_array_equal(a, b, err_msg=path)

@@ -75,7 +75,7 @@ def test_the_tool_prints_and_writes_a_line_for_every_case_and_leaves_out_a_torn_
     [
         (["--images=nowhere"], "--images (nowhere) must be a directory"),
         (["--images=empty"], "must hold .jpg, .jpeg, .png or .bmp files"),
-        (["--json=nowhere/table.json"], "must be a file in an existing directory"),
+        (["--json=nowhere/table.json"], "must lie in a directory that exists"),
         (["--images=.", f"--config={ROOT}/configs/base.py"], "exclude each other"),
         (["--count=0"], "count"),
         (["--json=table.json"], "(table.json) exists; nothing is overwritten"),

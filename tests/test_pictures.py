@@ -38,3 +38,19 @@ def test_no_images_and_a_single_bin_are_drawn_too():
     empty, one = pictures.reliability(np.zeros([15, 3]), 0.0), pictures.reliability(bins(b14=(7, 1.0, 0.99)), 0.01)
     assert empty.dtype == one.dtype == np.uint8 and empty.shape == one.shape and empty.shape[2] == 3
     assert not blue(empty).any() and blue(one).any()
+
+
+def test_curves_without_a_step_in_common_names_with_dollars_and_a_single_point_are_drawn():
+    one, other = (np.array([1, 3]), np.array([2.0, 1.0])), (np.array([2]), np.array([1.5]))
+    drawn = pictures.curves({"runs/a$x_$": one, "_b": other}, "eval/top1$")
+    assert drawn.shape[2] == 3 and drawn.std() > 0
+
+
+def test_the_distance_of_two_curves_is_taken_at_the_steps_that_both_have(monkeypatch):
+    labels = []
+    monkeypatch.setattr(pictures, "_drawn", lambda figure: labels.extend(
+        text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()
+    ))  # fmt: skip
+    one, other = (np.array([1, 2, 3]), np.array([5.0, 1.0, 2.0])), (np.array([2, 3, 4]), np.array([4.0, 6.0, 9.0]))
+    pictures.curves({"a": one, "b": other}, "train/loss")
+    assert [label.strip() for label in labels] == ["a", "b", "b: 3.54 root mean square"]  # of 3 and 4

@@ -125,7 +125,7 @@ def test_the_tool_writes_the_logits_of_an_array_once(two_heads, tmp_path):
     for name, value in want.items():
         np.testing.assert_allclose(found[name], value, atol=1e-6)
         assert found[name].dtype == np.float32
-    assert "must end in .npz and not exist" in run(*arguments, code=1)
+    assert "exists; nothing is overwritten" in run(*arguments, code=1)
 
 
 def test_an_archive_of_arrays_is_no_array(one_head, tmp_path):
@@ -246,9 +246,9 @@ def test_an_array_of_another_form_is_refused(one_head, images, raw, message):
         (["no/such.png"], "no/such.png is no file or directory"),
         (["launch"], "launch holds no pictures"),
         (["--array=README.md", "--out=y.npz"], "README.md) can't be read as a .npy file"),
-        (["--array=no.npy", "--out=no/such/y.npz"], "--out (no/such/y.npz) must lie in an existing directory"),
-        (["README.md", "--picture=no/such/y.png"], "--picture (no/such/y.png) must lie in an existing directory"),
-        (["README.md", "--picture=README.md"], "--picture (README.md) must end in .png and not exist"),
+        (["--array=no.npy", "--out=no/such/y.npz"], "--out (no/such/y.npz) must lie in a directory that exists"),
+        (["README.md", "--picture=no/such/y.png"], "--picture (no/such/y.png) must lie in a directory that exists"),
+        (["README.md", "--picture=README.md"], "--picture (README.md) must end in .png"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_1(one_head, arguments, message):

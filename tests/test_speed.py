@@ -1,9 +1,11 @@
 """Speed and memory: floors counted by hand, groups by name, fits of made-up laws, and small measurements for real."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -98,12 +100,14 @@ def small(**changes):
 def test_the_profile_of_an_update_has_every_group_and_no_more_time_than_went_by():
     step, network = update.student(small(global_batch=4), classes=list("abcde"), train_size=100)
     batch = update.pictures(4, 32, len(network.drop_rates))
-    seconds = update.timed(lambda: step(batch), 4)
+    update.timed(lambda: step(batch), 4)
+    started = time.perf_counter()
     found = groups.measure(lambda: step(batch), runs=2)
+    spent = time.perf_counter() - started
     named = {"matrix products", "attention softmax", "GELU", "LayerNorm", "optimizer", "input"}
     assert named <= found.keys()
     assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert 0 < sum(found.values()) < 20 * max(seconds)
+    assert 0 < sum(found.values()) < spent * os.cpu_count() / 2  # kernels of one run, on as many cores
     assert products.of(step.trace(batch))
 
 
@@ -118,8 +122,8 @@ def test_two_laws_are_found_again_from_their_own_values():
     line = scaling.fit(x, 0.02 + 0.7 * x, powers=(0, 1))
     np.testing.assert_allclose(line["coefficients"], [0.02, 0.7], rtol=1e-9)
     assert line["worst"] < 1e-9
-    square = scaling.fit(x, 3e-4 * x + 2e-7 * x**2, powers=(1, 2))
-    np.testing.assert_allclose(scaling.law(square, np.array([100])), [0.03 + 0.002], rtol=1e-9)
+    square = scaling.fit(x, 1e-3 + 3e-4 * x + 2e-7 * x**2, powers=(0, 1, 2))
+    np.testing.assert_allclose(scaling.law(square, np.array([100])), [0.001 + 0.03 + 0.002], rtol=1e-6)
 
 
 def test_a_measurement_that_leaves_its_law_is_told_by_how_much():
@@ -133,9 +137,9 @@ def test_the_picture_of_both_laws_is_a_picture(tmp_path):
         "image_seconds": [0.1, 0.3, 1.2], "size_peak_mb": [400, 500, 900],
     }  # fmt: skip
     result["accum_law"] = scaling.fit(result["accum_steps"], result["update_seconds"], powers=(0, 1))
-    result["token_law"] = scaling.fit(result["tokens"], result["image_seconds"], powers=(1, 2))
-    scaling.draw(result, tmp_path / "new" / "laws.png")
-    height, width, _ = tf.io.decode_png((tmp_path / "new" / "laws.png").read_bytes()).shape
+    result["token_law"] = scaling.fit(result["tokens"], result["image_seconds"], powers=(0, 1, 2))
+    scaling.draw(result, tmp_path / "laws.png")
+    height, width, _ = tf.io.decode_png((tmp_path / "laws.png").read_bytes()).shape
     assert width > 800 and height > 300
     assert len(scaling.lines(result)) == 8
 
@@ -147,6 +151,25 @@ def printing(value) -> sides.Side:
 def test_sides_take_turns_and_their_medians_and_rounds_are_kept():
     runs = sides.alternate({"a": printing({"images_per_sec": 2.0, "peak_mb": 5.0})}, rounds=3, said="test")
     assert sides.summary(runs["a"]) == {"images_per_sec": 2.0, "rounds": [2.0] * 3, "peak_mb": 5.0}
+
+
+def test_a_product_under_a_condition_is_refused_and_a_condition_without_one_is_nothing():
+    def chosen(branch):
+        return lambda x: tf.cond(tf.reduce_sum(x) > 0, lambda: branch(x), lambda: x)
+
+    with pytest.raises(ValueError, match="MatMul is computed under a condition, which is not counted"):
+        products.of(graph_of(chosen(lambda x: tf.matmul(x, x)), [2, 2]))
+    assert not products.of(graph_of(chosen(lambda x: x + 1.0), [2, 2]))
+
+
+def test_where_timm_fails_ours_is_measured_all_the_same(monkeypatch):
+    ours = {"images_per_sec": 2.0, "peak_mb": 5.0}
+    broken = sides.Side((sys.executable, "-c", "raise SystemExit('Input size must be a multiple')"))
+    monkeypatch.setattr(sides, "peer", lambda *args: broken)
+    code = f"import json; print(json.dumps({ours}))"
+    found = sides.compare(small(), "train", 4, command=[sys.executable, "-c", code], rounds=1)
+    assert found["ours"]["images_per_sec"] == 2.0 and "ratio" not in found
+    assert found["unmatched"].endswith("of timm ended with exit code 1: Input size must be a multiple")
 
 
 def test_a_side_that_fails_ends_the_measurement_with_its_last_line():
@@ -226,8 +249,8 @@ def test_a_row_that_fails_leaves_the_others(monkeypatch, tmp_path):
     monkeypatch.setattr(table.speed, "startup", lambda *args, **settings: {"seconds": {}, "total": 1.0, "batch": 4})
     monkeypatch.setattr(table, "optimizer", lambda *args: {"seconds": 0.1, "log_seconds": 0.001})
     monkeypatch.setattr(table, "checkpoint", lambda *args: {"seconds": 0.2, "every_updates": 0})
-    table.measure(small(), rounds=1, command=[], out=str(tmp_path / "new" / "table.md"))
-    text = (tmp_path / "new" / "table.md").read_text()
+    table.measure(small(), rounds=1, command=[], out=tmp_path / "table.md")
+    text = (tmp_path / "table.md").read_text()
     assert text.count("not measured: too little memory") == 9
     assert "- a checkpoint stops the loop for 200 ms, at the end alone" in text
 
@@ -274,7 +297,22 @@ def test_every_measurement_runs_for_a_small_network_without_a_peer(mode):
         assert result["seconds"]["import"] > 0.5
 
 
-@pytest.mark.parametrize("out", [["--out=t.md"], ["--out", "t.md"]], ids=["one word", "two words"])
+@pytest.mark.parametrize(
+    ("mode", "out", "why"),
+    [
+        ("set", "README.md", "--out (README.md) exists; nothing is overwritten"),
+        ("scaling", "laws.xyz", "--out (laws.xyz) must end in .png"),
+        ("set", "no/such.md", "--out (no/such.md) must lie in a directory that exists"),
+    ],
+)
+def test_a_place_that_can_t_be_written_is_refused_before_anything_is_measured(mode, out, why):
+    done = tool(mode, f"--out={out}", timeout=30)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {why}"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "out", [["--out=t.md"], ["--out", "t.md"], ["-out=t.md"]], ids=["one word", "two words", "one dash"]
+)
 def test_a_process_of_a_measurement_is_started_without_its_mode_and_where_the_result_goes(out):
     code = "import sys; from tools import benchmark; print(benchmark._command('set')[2:])"
     command = [sys.executable, "-c", code, "set", *out, "--rounds=2"]

@@ -6,7 +6,7 @@ python tools/benchmark.py train|eval|accumulate|memory|startup [--config=FILE] [
     and the time by kind of operation; timm's update in turn with it, where torch and timm are installed (make peers).
     eval: passes of 64 without gradients, with timm's. accumulate: global_batch against one micro-batch. memory: peaks
     of smaller micro-batches. startup: seconds to the first update, by part.
-python tools/benchmark.py scaling [--config=FILE] [--updates=3] [--out=FILE.png] [--json]
+python tools/benchmark.py scaling [--config=FILE] [--rounds=3] [--updates=3] [--out=FILE.png] [--json]
     The cost of an update against accum_steps 1 to 64 and image sizes 112 to 384 px: fitted laws, and a picture of them.
 python tools/benchmark.py set [--config=FILE] [--rounds=3] [--out=FILE.md] [--json]
     All that speed and memory are judged by, tiny and small, float32 and bfloat16, with ratios to timm's: a table in
@@ -35,6 +35,7 @@ python tools/benchmark.py checkpoint [--config=FILE] [--rounds=3] [--updates=3] 
 
 import functools
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -66,7 +67,9 @@ STAND_IN = flags.DEFINE_boolean(
     "stand_in", True, "teacher: measure a stand-in of BiT-M R50x3 (random weights) instead of the configured teacher."
 )
 JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of lines.")
-OUT = flags.DEFINE_string("out", "", "scaling: where the picture goes; set: where the table goes. Empty: nowhere.")
+OUT = flags.DEFINE_string(
+    "out", "", "scaling: a new PNG file for the picture; set: a new .md file for the table. Empty: none."
+)
 ONE = ("update", "floor", "groups", "evaluate")  # a process of a measurement: its word, then a size
 SPEED = ("train", "eval", "accumulate", "memory", "startup", "scaling", "set")
 MODES = "|".join((*SPEED, "calibrate", "data", "teacher", "workers", "checkpoint"))
@@ -94,6 +97,7 @@ main.takes_arguments = True
 def _speed(mode: str) -> tuple[dict, list[str]]:
     """Measure train, eval, accumulate, memory, startup, scaling, or all of them: the set."""
     _refuse_others(mode)
+    out = cli.new_file("--out", OUT.value, {"scaling": ".png", "set": ".md"}.get(mode, ""))
     rules.validate(CONFIG.value)
     from tools.benchmarks import scaling, speed, table
 
@@ -103,10 +107,12 @@ def _speed(mode: str) -> tuple[dict, list[str]]:
         "accumulate": (speed.accumulate, speed.accumulate_lines),
         "memory": (speed.memory, speed.memory_lines),
         "startup": (speed.startup, speed.startup_lines),
-        "scaling": (functools.partial(scaling.measure, picture=OUT.value), scaling.lines),
-        "set": (functools.partial(table.measure, out=OUT.value), table.lines),
+        "scaling": (scaling.measure, scaling.lines),
+        "set": (functools.partial(table.measure, out=out), table.markdown),
     }[mode]
     result = measure(CONFIG.value, rounds=ROUNDS.value, command=_command(mode))
+    if mode == "scaling" and out:
+        scaling.draw(result, out)
     return result, lines(result)
 
 
@@ -121,10 +127,11 @@ def _calibrate() -> tuple[dict, list[str]]:
 
 def _command(mode: str) -> list[str]:
     """Return this command without its mode and --out: what a process of a measurement is started with."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--out=")]
-    if "--out" in words:
-        place = words.index("--out")
-        del words[place : place + 2]
+    words = [word for word in sys.argv[1:] if not re.match("--?out=", word)]
+    for alone in ("--out", "-out"):
+        if alone in words:
+            place = words.index(alone)
+            del words[place : place + 2]
     words.remove(mode)
     return [sys.executable, __file__, *words]
 

@@ -27,6 +27,9 @@ def main(argv: list[str]) -> int:
     """Print the table of the run directories in argv."""
     if len(argv) < 2:
         raise errors.UserError("usage: python tools/compare_runs.py RUN [RUN ...]")
+    picture = cli.new_file("--picture", PICTURE.value, ".png")
+    if not picture and flags.FLAGS["metric"].present:
+        raise errors.UserError("--metric chooses what --picture=FILE.png shows: give that too")
     rows = [COLUMNS, *(row(Path(path)) for path in argv[1:])]
     widths = [max(len(cells[i]) for cells in rows) for i in range(len(COLUMNS))]
     print()
@@ -34,8 +37,8 @@ def main(argv: list[str]) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
     logdir = os.path.relpath(os.path.commonpath([Path(path).absolute().parent for path in argv[1:]]))
     print(f"\nCurves and pictures: tensorboard --logdir {logdir}")
-    if PICTURE.value:
-        draw([Path(path) for path in argv[1:]], METRIC.value, Path(PICTURE.value))
+    if picture:
+        draw([Path(path) for path in argv[1:]], METRIC.value, picture)
     return 0
 
 
@@ -79,7 +82,6 @@ def draw(runs: list[Path], metric: str, picture: Path) -> None:
             raise errors.UserError(f"--metric ({metric}) is not in {run / 'metrics.jsonl'}")
         lines[str(run)] = tuple(map(np.asarray, zip(*found)))
     try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pictures.curves(lines, metric)).save(picture, format="PNG")
     except OSError as error:
         raise errors.UserError(f"--picture ({picture}) can't be written: {error.strerror or error}") from error

@@ -27,11 +27,7 @@ JSON = flags.DEFINE_string("json", "", "Also write the table to this file, which
 
 def main(_) -> int:
     """Compare on the chosen photographs, print the table; 1 where the mean of a picture is beyond its bound."""
-    out = Path(JSON.value).expanduser() if JSON.value else None
-    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise errors.UserError(f"--json ({out}) must be a file in an existing directory")
-    if out and out.exists():
-        raise errors.UserError(f"--json ({out}) exists; nothing is overwritten: remove it or choose another")
+    out = cli.new_file("--json", JSON.value)
     if IMAGES.value and CONFIG.value is not None:
         raise errors.UserError("--images and --config exclude each other: both name photographs")
     photos = chosen()

@@ -11,7 +11,6 @@ Pictures are read as training reads them: as they are stored, without the turn t
 
 import io
 import json
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -42,17 +41,17 @@ def main(argv: list[str]) -> int:
         raise errors.UserError("--array and --out go together, and --raw goes with them")
     if PICTURE.value and ARRAY.value:
         raise errors.UserError("--picture goes with pictures, not with an --array")
-    _check_new("--out", OUT.value, ".npz")
-    _check_new("--picture", PICTURE.value, ".png")
+    out = cli.new_file("--out", OUT.value, ".npz")
+    picture = cli.new_file("--picture", PICTURE.value, ".png")
     checkpoint.locate(CKPT.value)
-    return _array() if ARRAY.value else _pictures(files)
+    return _array(out) if out else _pictures(files, picture)
 
 
 main.takes_arguments = True
 
 
-def _array() -> int:
-    """Write the logits of --array to --out."""
+def _array(out: Path) -> int:
+    """Write the logits of --array."""
     images = _load(ARRAY.value)
 
     from deit import predict  # TensorFlow starts only now, with everything checked that can be
@@ -60,13 +59,13 @@ def _array() -> int:
     found = predict.logits(predict.open_network(CKPT.value, weights=WEIGHTS.value), images, raw=RAW.value)
     content = io.BytesIO()
     np.savez(content, **found)
-    _write(OUT.value, content)
-    print(f"{OUT.value}: {', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}")
+    _write(out, content)
+    print(f"{out}: {', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}")
     return errors.DONE
 
 
-def _pictures(paths: list[str]) -> int:
-    """Print the classes of the pictures at `paths`."""
+def _pictures(paths: list[str], picture: Path | None) -> int:
+    """Print the classes of the pictures at `paths`; draw them to `picture`."""
     from deit import predict
 
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
@@ -74,25 +73,16 @@ def _pictures(paths: list[str]) -> int:
     opened = predict.open_network(CKPT.value, weights=WEIGHTS.value)
     answers = predict.pictures(opened, files, top=TOP.value)
     print(json.dumps([_plain(a) for a in answers], indent=2) if JSON.value else "\n".join(map(_text, answers)))
-    if PICTURE.value:
+    if picture:
         import PIL.Image
 
         content = io.BytesIO()
         PIL.Image.fromarray(predict.sheet(opened, answers)).save(content, format="PNG")
-        _write(PICTURE.value, content)
+        _write(picture, content)
     lost = [answer.file for answer in answers if not answer.classes]
     if lost:
         raise errors.UserError(f"{len(lost)} of {len(files)} pictures can't be read: {', '.join(lost[:5])}")
     return errors.DONE
-
-
-def _check_new(flag: str, path: str | None, ending: str) -> None:
-    if path is None:
-        return
-    if os.path.lexists(path) or not path.endswith(ending):
-        raise errors.UserError(f"{flag} ({path}) must end in {ending} and not exist")
-    if not Path(path).absolute().parent.is_dir():
-        raise errors.UserError(f"{flag} ({path}) must lie in an existing directory")
 
 
 def _load(path: str) -> np.ndarray:
@@ -105,10 +95,10 @@ def _load(path: str) -> np.ndarray:
     return found
 
 
-def _write(path: str, content: io.BytesIO) -> None:
+def _write(path: Path, content: io.BytesIO) -> None:
     """Write a new file, whole or not at all."""
     try:
-        workdir.write(Path(path), content.getvalue())
+        workdir.write(path, content.getvalue())
     except OSError as error:
         raise errors.UserError(f"{path} can't be written: {error.strerror or error}") from None
 

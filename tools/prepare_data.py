@@ -12,7 +12,6 @@ beside the data, for caches of what a teacher says about them.
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -62,11 +61,7 @@ main.takes_arguments = True
 
 def check(data) -> None:
     """Print what is in both splits. Errors: UserError, after the report, for what must not stay as it is."""
-    target = Path(JSON.value).expanduser() if JSON.value else None
-    if target and os.path.lexists(target):
-        raise errors.UserError(f"--json ({target}) exists; nothing is overwritten: remove it or choose another")
-    if target and not target.absolute().parent.is_dir():
-        raise errors.UserError(f"--json ({target}) must lie in a directory that exists")
+    target = cli.new_file("--json", JSON.value)
 
     from deit.data import sources, survey  # TensorFlow starts only now
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from absl import flags
 from ml_collections import config_flags
 
-from deit import cli, errors, rules
+from deit import cli, rules
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration FILE.py[:ARG] or a run's config.json; --config.FIELD=VALUE changes a field."
@@ -27,14 +27,8 @@ VIEWS = flags.DEFINE_integer("views", 4, "Views of each example.", lower_bound=1
 
 def main(_) -> int:
     """Open the data, draw, write."""
-    config, out = CONFIG.value, Path(OUT.value).expanduser()
+    config, out = CONFIG.value, cli.new_file("--out", OUT.value, ".png")
     rules.validate(config)
-    if out.suffix.lower() != ".png":
-        raise errors.UserError(f"--out ({out}) must end in .png")
-    if out.exists():
-        raise errors.UserError(f"--out ({out}) exists; nothing is overwritten: remove it or choose another")
-    if not out.parent.is_dir():
-        raise errors.UserError(f"--out ({out}) must lie in a directory that exists")
 
     import PIL.Image
 

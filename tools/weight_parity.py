@@ -9,7 +9,6 @@ minutes and, for the largest variant, 16 GB.
 
 import dataclasses
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -29,10 +28,7 @@ JSON = flags.DEFINE_string("json", "", "Also write the table to this file, which
 
 def main(_) -> int:
     """Compare and print the table."""
-    if JSON.value and os.path.lexists(JSON.value):
-        raise errors.UserError(f"--json ({JSON.value}) exists; nothing is overwritten")
-    if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
-        raise errors.UserError(f"--json ({JSON.value}) must be a file in an existing directory")
+    out = cli.new_file("--json", JSON.value)
     try:
         wanted = re.compile(ONLY.value)
     except re.error as error:
@@ -53,9 +49,9 @@ def main(_) -> int:
             f"| `{row.case.variant}` | {row.case.source} | {row.case.size} | {row.difference:.1e} | "
             f"{row.largest:.2f} | {row.parameters:,} | {back} |"
         )
-    if JSON.value:
+    if out:
         content = json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n"
-        workdir.write(Path(JSON.value), content.encode())
+        workdir.write(out, content.encode())
     return int(not all(row.agrees for row in rows))
 
 

@@ -5,20 +5,43 @@ GELU and what is summed along a row are computed in float32 at least. Every form
 the rest of the model knows nothing of it. R = B * N rows, D channels, h heads of d channels.
 
 What is kept for the gradients of a micro-batch, for each block: two standardized inputs [R, D], q, k, v, attention
-[B, h, N, N], its output [R, D] and the MLP's hidden layer before GELU [R, 4 D]; besides, whatever the batch, the two
-kernels [D, 3 D] and [D, 4 D] that a layer normalisation's scale was multiplied into.
+[B, h, N, N], its output [R, D] and the MLP's hidden layer before GELU [R, 4 D], with LayerScale (DeiT-III) also both
+branches [R, D] in float32; besides, whatever the batch, the two kernels [D, 3 D] and [D, 4 D] that a layer
+normalisation's scale was multiplied into, and in mixed precision the other two, rounded. Such kernels are made anew in
+every pass: that pays where R > D, and costs a single picture of a wide network time (docs/performance.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
 from deit import keras
 from deit.models import vit
+
+_EPSILON = {tf.bfloat16: 2.0**-7, tf.float16: 2.0**-10}  # from 1 to the next value
+_FORCED: list[bool] = []  # by `compiling`, the innermost last
+
+
+@contextlib.contextmanager
+def compiling(yes: bool) -> Iterator[None]:
+    """Trace the block as for a CPU (True), or a GPU without `xla`, whatever this machine has: to count its cost.
+
+    The softmax of half precision is taken to sum in float32, as a GPU's does.
+    """
+    _FORCED.append(yes)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+def _compiles() -> bool:
+    return _FORCED[-1] if _FORCED else not tf.config.list_physical_devices("GPU")
 
 
 def one_pass(scope: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -31,9 +54,10 @@ def one_pass(scope: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(call):
         compiled = tf.function(call, autograph=False, jit_compile=True)
 
+        @functools.wraps(call)
         def either(*args):
             with tf.name_scope(scope):
-                return (call if tf.config.list_physical_devices("GPU") else compiled)(*args)
+                return (compiled if _compiles() else call)(*args)
 
         return either
 
@@ -152,17 +176,19 @@ def attention(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, Call
 
 def softmax(scores: tf.Tensor) -> tf.Tensor:
     """Return the softmax along the last axis, its sums in float32 whatever the dtype."""
-    if scores.dtype in (tf.bfloat16, tf.float16) and not _kernel_sums_in_float32(scores.dtype):
+    if scores.dtype in _EPSILON and not (_FORCED or _kernel_sums_in_float32(scores.dtype)):
         return tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), scores.dtype)
     return tf.nn.softmax(scores)
 
 
 @functools.cache
 def _kernel_sums_in_float32(dtype: tf.DType) -> bool:
-    """Try the softmax of half precision on this machine: 4096 ones, which bfloat16 and float16 can't count."""
+    """Try the softmax of half precision on this machine: rows of 512 scores, within a rounding of float32's."""
     with tf.init_scope():
-        uniform = tf.function(tf.nn.softmax, autograph=False)(tf.zeros([1, 4096], dtype))
-        return bool(tf.reduce_all(tf.cast(uniform, tf.float32) == 1 / 4096))
+        scores = tf.cast(tf.random.stateless_uniform([64, 512], [0, 0]), dtype)  # no weight is below float16's range
+        found = tf.cast(tf.function(tf.nn.softmax, autograph=False)(scores), tf.float32)
+        exact = tf.nn.softmax(tf.cast(scores, tf.float32))
+        return bool(tf.reduce_all(tf.abs(found / exact - 1.0) <= _EPSILON[dtype]))
 
 
 @keras.utils.register_keras_serializable(package="deit", name="FusedBlock")
@@ -178,14 +204,22 @@ class Block(vit.Block):
         super().__init__(*args, autocast=False, **kwargs)  # the residual stream is float32
 
     def build(self, shape: Any) -> None:
+        """Make the variables of the plain block's layers, under their names: this block never calls them."""
         shape = tf.TensorShape(shape)
-        hidden = [*shape[:-1], 4 * self.dim]
-        for layer in (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1):
-            layer.build(shape)
-        self.mlp.fc2.build(hidden)
+        hidden = tf.TensorShape([*shape[:-1], 4 * self.dim])
+        layers = {
+            "norm1": (self.norm1, shape),
+            "attn/qkv": (self.attn.qkv, shape),
+            "attn/proj": (self.attn.proj, shape),
+            "norm2": (self.norm2, shape),
+            "mlp/fc1": (self.mlp.fc1, shape),
+            "mlp/fc2": (self.mlp.fc2, hidden),
+        }
         if self.layer_scale:
-            self.ls1.build(shape)
-            self.ls2.build(shape)
+            layers |= {"ls1": (self.ls1, shape), "ls2": (self.ls2, shape)}
+        for name, (layer, given) in layers.items():
+            with tf.name_scope(name):
+                layer.build(given)
         super().build(shape)
 
     @vit.plain

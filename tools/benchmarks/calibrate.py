@@ -1,13 +1,14 @@
 """A short calibration of this machine: what `--mode=plan` predicts images/s and memory from (`deit/estimates.py`)."""
 
 import datetime
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from deit import cost, errors, estimates, runtime
-from deit.models import factory, paths
+from deit.models import factory, fused_block, paths
 from tools.benchmarks import sides, update
 
 # (variant, side in px, micro-batch): from few FLOPs a byte to many, and two sizes of one network for its memory.
@@ -28,7 +29,7 @@ def measure(config, *, command: Sequence[str]) -> dict[str, Any]:
     _check_cache()
     measured, costs = {}, []
     for variant, size, micro in CASES:
-        fields = {"model.variant": variant, "data.image_size": size, "micro_batch": micro}
+        fields = {"model.variant": variant, "data.image_size": size, "micro_batch": micro, "optim.train_only": ""}
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         measured[f"{variant} {size} px x {micro}"] = sides.Side((*command, *flags, "update", str(micro)))
     runs = [run for (run,) in sides.alternate(measured, rounds=1, said="calibrate").values()]
@@ -40,9 +41,12 @@ def measure(config, *, command: Sequence[str]) -> dict[str, Any]:
     spent, parameters = costs[few]
     small, large = (runs[i]["peak_mb"] * 2**20 for i in _SAME)
     slope = (large - small) / (CASES[many][2] - CASES[few][2])
+    if slope <= 0:
+        raise errors.UserError("a larger micro-batch took no more memory: something else uses this machine; try again")
+    weights = estimates.weights_bytes(config, count=parameters, trained=parameters)
     calibration = estimates.Calibration(
         machine=machine,
-        base_bytes=small - slope * CASES[few][2] - 4.0 * parameters * copies(config),
+        base_bytes=small - slope * CASES[few][2] - weights,
         activation_factor=slope / spent.activation_bytes,
         worst=worst,
         measured=datetime.date.today().isoformat(),
@@ -60,14 +64,12 @@ def measure(config, *, command: Sequence[str]) -> dict[str, Any]:
 def _check_cache() -> None:
     """Raise UserError where a calibration could not be kept, before two minutes go into it."""
     try:
-        estimates.cache_path().parent.mkdir(parents=True, exist_ok=True)
+        directory = estimates.cache_path().parent
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except (OSError, RuntimeError) as error:
         raise errors.UserError(f"calibrations can't be kept: {error}; DEIT_CACHE_DIR names a directory") from error
-
-
-def copies(config) -> float:
-    """Return how many times an update holds the size of the weights: moments, averages, gradients and their sum too."""
-    return 5.0 + bool(config.optim.ema_decay) + config.optim.amsgrad
 
 
 def _cost(config, size: int) -> tuple[cost.Cost, int]:
@@ -79,7 +81,8 @@ def _cost(config, size: int) -> tuple[cost.Cost, int]:
         load_weights=False,
     )
     count = sum(int(np.prod(variable.shape)) for _, variable in paths.variables(network.model))
-    return cost.of(network.logits, size), count
+    with fused_block.compiling(True):  # as a plan counts
+        return cost.of(network.logits, size), count
 
 
 def fit(costs: Sequence[cost.Cost], seconds: Sequence[float]) -> tuple[estimates.Machine, float]:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 _TYPES = ("MatMul", "BatchMatMulV2", "Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput")
-_OTHERS = ("Einsum", "DepthwiseConv2dNative", "Conv3D", "SparseMatMul", "While", "StatelessWhile")
+_OTHERS = ("Einsum", "Depthwise", "Conv", "BatchMatMul", "SparseMatMul", "CuDNN", "While", "Case")  # beginnings
 _ATTRIBUTES = ("transpose_a", "transpose_b", "adj_x", "adj_y", "strides", "padding")
 _AT_ONCE = 5  # runs in one graph: the time of starting one is no product's
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
@@ -65,18 +65,24 @@ def of(graph: tf.Graph) -> collections.Counter[Product]:
     Errors: ValueError for a product that is not counted, for a loop, whose turns a graph does not say, and for a shape
     that is not known.
     """
-    found = collections.Counter(_product(op) for op in _operations(graph) if op.type in _TYPES)
+    found = collections.Counter(_product(op) for op in _operations(graph))
     return collections.Counter({product: count for product, count in found.items() if not product.with_vector})
 
 
 def _operations(graph) -> Iterator[tf.Operation]:
+    """Yield the products that a graph always computes."""
     for op in _needed(graph):
-        if op.type in _OTHERS:
-            raise ValueError(f"{op.name} is a {op.type}, which is not counted")
-        if op.type in _CALLS:
-            yield from _operations(graph._get_function(op.get_attr("f").name).graph)
-        else:
+        kind = op.type.removeprefix("Stateless")
+        if op.type in _TYPES:
             yield op
+        elif op.type in _CALLS:
+            yield from _operations(graph._get_function(op.get_attr("f").name).graph)
+        elif kind.startswith(_OTHERS):
+            raise ValueError(f"{op.name} is a {op.type}, which is not counted")
+        elif kind == "If":  # the optimizer's, of an update whose gradients are finite
+            for branch in ("then_branch", "else_branch"):
+                for product in _operations(graph._get_function(op.get_attr(branch).name).graph):
+                    raise ValueError(f"{product.name} is computed under a condition, which is not counted")
 
 
 def _needed(graph) -> set[tf.Operation]:

@@ -1,8 +1,8 @@
 """The cost of an update against accumulation steps and image size: measured, fitted, drawn.
 
-Laws: t(a) = t0 + t1 a seconds for a micro-batches in an update; t(T) = c1 T + c2 T^2 seconds an image of T tokens
-(dense layers grow with T, attention with its square). `worst` is the largest relative distance of a measurement from
-its law.
+Laws: t(a) = t0 + t1 a seconds for a micro-batches in an update; t(T) = c0 + c1 T + c2 T^2 seconds an image of T tokens
+(dense layers grow with T, attention with its square; c0 is a micro-batch's share of the optimizer, divided by its
+images). `worst` is the largest relative distance of a measurement from its law.
 """
 
 import statistics
@@ -20,8 +20,8 @@ ACCUM_STEPS = (1, 2, 4, 8, 16, 32, 64)
 IMAGE_SIZES = (112, 160, 192, 224, 288, 384)
 
 
-def measure(config, *, rounds: int, command: Sequence[str], picture: str = "") -> dict[str, Any]:
-    """Measure both sweeps, in `rounds` rounds, and draw them to `picture` (PNG) where it is named."""
+def measure(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
+    """Measure both sweeps, in `rounds` rounds."""
     micro, shape = config.micro_batch, factory.shape_of(config.model)
     if shape is None:
         raise errors.UserError(f"model.variant ({config.model.variant}) must be a transformer: its cost goes by tokens")
@@ -51,9 +51,7 @@ def measure(config, *, rounds: int, command: Sequence[str], picture: str = "") -
         "size_peak_mb": [run["peak_mb"] for run in sizes],
     }
     result["accum_law"] = fit(result["accum_steps"], result["update_seconds"], powers=(0, 1))
-    result["token_law"] = fit(tokens, result["image_seconds"], powers=(1, 2))
-    if picture:
-        draw(result, Path(picture))
+    result["token_law"] = fit(tokens, result["image_seconds"], powers=(0, 1, 2))
     return result
 
 
@@ -64,8 +62,8 @@ def _medians(runs: dict[str, list[dict]]) -> list[dict[str, float]]:
     ]
 
 
-def fit(x: Sequence[float], y: Sequence[float], *, powers: tuple[int, int]) -> dict[str, Any]:
-    """Fit y = c0 x^p0 + c1 x^p1 by least relative squares; return coefficients, powers, and the worst distance."""
+def fit(x: Sequence[float], y: Sequence[float], *, powers: tuple[int, ...]) -> dict[str, Any]:
+    """Fit y = c0 x^p0 + c1 x^p1 + ... by least relative squares; return coefficients, powers, worst distance."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     columns = np.stack([x**p for p in powers], 1)
     coefficients, *_ = np.linalg.lstsq(columns / y[:, None], np.ones_like(y), rcond=None)
@@ -79,7 +77,7 @@ def law(fitted: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw both sweeps with their laws, and peak memory beside them."""
+    """Draw both sweeps with their laws, and peak memory beside them, to a new PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -98,18 +96,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
         beside.plot(result[x], np.asarray(result[peak]) / 1e3, "s--", color="tab:orange", label="peak memory")
         beside.set(ylabel="GB resident at most", ylim=(0, None))
         handles = [*axes.get_legend_handles_labels()[0], *beside.get_legend_handles_labels()[0]]
-        axes.legend(handles, [handle.get_label() for handle in handles], loc="upper left", fontsize="small")
+        axes.legend(handles, [handle.get_label() for handle in handles], loc="lower right", fontsize="small")
         axes.spines["top"].set_visible(False)
         beside.spines["top"].set_visible(False)
     figure.suptitle(f"{result['model']}, {result['precision']}, micro-batches of {result['micro_batch']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with path.open("xb") as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """Return the text for what `measure` found."""
     t0, t1 = result["accum_law"]["coefficients"]
-    c1, c2 = result["token_law"]["coefficients"]
+    c0, c1, c2 = result["token_law"]["coefficients"]
     return [
         *(
             f"accum_steps {n:>3}: {seconds:8.3f} s an update, {result['micro_batch'] * n / seconds:6.2f} images/s, "
@@ -123,6 +121,6 @@ def lines(result: dict[str, Any]) -> list[str]:
                 result["image_size"], result["tokens"], result["image_seconds"], result["size_peak_mb"]
             )
         ),
-        f"law: {c1 * 1e3:.4f} T + {c2 * 1e6:.3f} T^2 / 1000 milliseconds an image of T tokens, at most "
-        f"{result['token_law']['worst']:.1%} off",
+        f"law: {c0 * 1e3:.2f} + {c1 * 1e3:.4f} T + {c2 * 1e6:.3f} T^2 / 1000 milliseconds an image of T tokens, at "
+        f"most {result['token_law']['worst']:.1%} off",
     ]

@@ -24,6 +24,14 @@ PEER = Path(__file__).with_name("timm_update.py")
 _PRECISIONS = {"float32": "fp32", "mixed_bfloat16": "bf16"}
 
 
+class Failed(errors.UserError):
+    """A process that measured nothing: `side` is its name."""
+
+    def __init__(self, side: str, what: str) -> None:
+        super().__init__(f"the measurement of {side} {what}")
+        self.side = side
+
+
 @dataclasses.dataclass(frozen=True)
 class Side:
     """A process to run: its command, and environment variables of its own."""
@@ -35,7 +43,7 @@ class Side:
 def alternate(sides: Mapping[str, Side], *, rounds: int, said: str) -> dict[str, list[dict[str, Any]]]:
     """Run every side `rounds` times in turn, each round in the other order; return what each printed as JSON last.
 
-    Errors: UserError with the last line of a process that failed, or the signal that ended it.
+    Errors: Failed with the last line of a process that failed, or the signal that ended it.
     """
     found: dict[str, list[dict]] = {name: [] for name in sides}
     with tqdm.tqdm(total=rounds * len(sides), desc=said, unit="process", disable=None) as bar:
@@ -52,10 +60,10 @@ def _run(name: str, side: Side) -> dict[str, Any]:
     )
     if done.returncode < 0:
         why = "; is there too little memory?" if done.returncode == -signal.SIGKILL else ""
-        raise errors.UserError(f"the measurement of {name} was ended by {signal.Signals(-done.returncode).name}{why}")
-    if done.returncode:
+        raise Failed(name, f"was ended by {signal.Signals(-done.returncode).name}{why}")
+    if done.returncode or not done.stdout.strip():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise errors.UserError(f"the measurement of {name} ended with exit code {done.returncode}: {last}")
+        raise Failed(name, f"ended with exit code {done.returncode}: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -107,7 +115,14 @@ def compare(config, what: str, size: int, *, command: Sequence[str], rounds: int
     theirs = peer(config, what, size)
     if isinstance(theirs, Side):
         sides["timm"] = theirs
-    runs = alternate(sides, rounds=rounds, said=f"{what} {config.model.variant} {config.precision}")
+    wanted = {"rounds": rounds, "said": f"{what} {config.model.variant} {config.precision}"}
+    try:
+        runs = alternate(sides, **wanted)
+    except Failed as error:
+        if error.side != "timm":
+            raise
+        theirs = str(error)
+        runs = alternate({"ours": sides["ours"]}, **wanted)
     found: dict[str, Any] = {"runs": runs["ours"], **{name: summary(each) for name, each in runs.items()}}
     if isinstance(theirs, str):
         return {**found, "unmatched": theirs}

@@ -18,7 +18,7 @@ _PRECISIONS = ("float32", "mixed_bfloat16")
 _VARIANTS = ("deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224")
 
 
-def measure(config, *, rounds: int, command: Sequence[str], out: str = "") -> dict[str, Any]:
+def measure(config, *, rounds: int, command: Sequence[str], out: Path | None = None) -> dict[str, Any]:
     """Measure all rows; write the Markdown table to `out`, where it is named, after each of them."""
     cases = [(v, p, [f"--config.model.variant={v}", f"--config.precision={p}"]) for v in _VARIANTS for p in _PRECISIONS]
     parts: dict[str, Callable[[], Any]] = {}
@@ -39,15 +39,14 @@ def measure(config, *, rounds: int, command: Sequence[str], out: str = "") -> di
         except errors.UserError as error:
             result[name] = {"missing": str(error)}
         if out:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).write_text("\n".join(markdown(result)) + "\n", encoding="utf-8")
+            out.write_text("\n".join(markdown(result)) + "\n", encoding="utf-8")
     return result
 
 
 def optimizer(config, command: Sequence[str]) -> dict[str, float]:
     """Return seconds of optimizer, averages, clipping and guard in an update, and of a log step's line."""
     groups = sides.profiled(command=[*command, "--config.optim.clip_norm=1.0"], size=config.micro_batch)
-    return {"seconds": groups["optimizer"], "log_seconds": log_seconds()}
+    return {"seconds": groups.get("optimizer", 0.0), "log_seconds": log_seconds()}
 
 
 def log_seconds(lines: int = 50) -> float:
@@ -151,11 +150,6 @@ def _of(seconds: float, whole: dict[str, Any]) -> str:
     return (
         f", {seconds * whole['images_per_sec'][1] / whole['global_batch']:.3%} of an update of {whole['global_batch']}"
     )
-
-
-def lines(result: dict[str, Any]) -> list[str]:
-    """Return the text for what `measure` found."""
-    return markdown(result)
 
 
 _LINES = {

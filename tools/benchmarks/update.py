@@ -43,10 +43,9 @@ def noise(config, size: int, *, updates: int, examine: str = "") -> dict[str, An
     update's matrix products alone, and floor_gflops, or floor_missing, why there are none; groups adds groups, seconds
     by kind of operation. Both are for a size of one micro-batch.
     """
-    passed = {"import": age()}
+    passed, started = {"import": age()}, time.perf_counter()
     runtime.prepare(config.precision)
     config = copy_of(config, {"global_batch": size, "augment.mixup": 0.0, "augment.cutmix": 0.0})
-    started = time.perf_counter()
     update, network = student(config, classes=[str(i) for i in range(CLASSES)], train_size=1000)
     batch = pictures(size, config.data.image_size, len(network.drop_rates))
     passed["build"], started = time.perf_counter() - started, time.perf_counter()
