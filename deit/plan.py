@@ -33,8 +33,6 @@ def describe(
     r, o = config.resolved, config.optim
     with fused_block.compiling(True):  # the same numbers on every machine
         spent = cost.of(network.logits, network.image_size)
-    with fused_block.compiling(config.xla):
-        on_gpu = cost.of(network.logits, network.image_size)
     sizes = {path: int(np.prod(variable.shape)) for path, variable in paths.variables(network.model)}
     count, trained = sum(sizes.values()), sum(n for path, n in sizes.items() if paths.trains(path, o.train_only))
     copies = 2 + bool(o.ema_decay) + o.amsgrad  # two moments (Adam's, LAMB's), of what is trained
@@ -72,7 +70,7 @@ def describe(
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
         "memory": f"about {memory / 1e9:.1f} GB without the teacher ({source})",
         "speed here": _speed(spent, calibrated, config),
-        **_gpus(on_gpu, weights, kept, config),
+        **_gpus(spent, weights, kept, config),
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
 

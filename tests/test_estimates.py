@@ -159,12 +159,10 @@ def test_a_cnn_has_rows_for_gpus_but_no_speed_here(cache):
     assert "speed here" not in found and "estimate" in found["V100-16GB"]
 
 
-def test_a_plan_is_the_same_on_a_machine_with_and_without_a_gpu_and_xla_moves_fewer_bytes(cache, monkeypatch):
+def test_a_plan_is_the_same_on_a_machine_with_a_gpu_whose_compiler_fails(cache, monkeypatch):
     here = rows(digits())
-    monkeypatch.setattr(fused_block.tf.config, "list_physical_devices", lambda kind=None: ["one"])
-    assert rows(digits())["V100-16GB"] == here["V100-16GB"]
-    rate = [float(row["V100-16GB"].replace(",", "").split()[1]) for row in (here, rows(digits(xla=True)))]
-    assert rate[1] > 1.2 * rate[0]
+    monkeypatch.setattr(fused_block, "_compiler_works", lambda: False)
+    assert rows(digits()) == here
 
 
 def test_heads_alone_take_a_third_of_an_update(cache):

@@ -154,6 +154,21 @@ def test_a_softmax_kernel_that_sums_in_half_precision_is_found_out(dtype, monkey
     fused_block._kernel_sums_in_float32.cache_clear()
 
 
+def test_a_gpu_without_a_compiler_gets_single_operations_and_a_warning(monkeypatch, caplog):
+    def failing(x):
+        raise tf.errors.InternalError(None, None, "libdevice not found\nat all")
+
+    fused_block._compiler_works.cache_clear()
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["GPU:0"])
+    assert fused_block._compiler_works()  # a CPU compiles here
+    fused_block._compiler_works.cache_clear()
+    monkeypatch.setattr(tf.math, "erf", failing)
+    with caplog.at_level("WARNING", logger="absl"):
+        assert not fused_block._compiler_works()
+    assert "(libdevice not found): model.fused_gradients=False may be faster" in caplog.text
+    fused_block._compiler_works.cache_clear()
+
+
 def test_the_softmax_gradient_of_half_precision_sums_in_float32():
     """With uniform attention over n tokens and v = i % 2, dS_j = (v_j - mean v) / n times the upstream gradient."""
     n, d = 512, 512

@@ -63,7 +63,7 @@ def counts(variant):
     shape = variants.of_name(variant)
     model, _ = deit.build(
         dataclasses.replace(shape, depth=1), "one", num_classes=1000, image_size=variants.size_of(variant),
-        mean=[0] * 3, std=[1] * 3, drop_path=0.0, policy="float32",
+        mean=[0] * 3, std=[1] * 3, drop_path=0.0, policy="float32", fused_gradients=True,
     )  # fmt: skip
     sizes = {path: math.prod(v.shape) for path, v in paths.variables(model)}
     block = sum(n for path, n in sizes.items() if path.startswith("blocks/0/"))
@@ -203,12 +203,14 @@ def test_a_network_that_is_only_counted_draws_no_initial_value(monkeypatch):
         factory.build(c, num_classes=3, image_size=32, precision="float32")
 
 
-def test_layer_scale_and_positions_of_patches_alone_equal_their_formulas():
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_layer_scale_and_positions_of_patches_alone_equal_their_formulas(fused):
     """x + p before the class token joins; each branch times its gamma: one block against NumPy."""
     shape = dataclasses.replace(variants.of_name("deit3_micro_patch8_32"), depth=1)
     model, train_model = deit.build(
-        shape, "one", num_classes=3, image_size=16, mean=[0.4] * 3, std=[0.2] * 3, drop_path=0.5, policy="float32"
-    )
+        shape, "one", num_classes=3, image_size=16, mean=[0.4] * 3, std=[0.2] * 3, drop_path=0.5, policy="float32",
+        fused_gradients=fused,
+    )  # fmt: skip
     random, w = np.random.default_rng(1), {}
     for path, variable in paths.variables(model):
         w[path] = random.normal(0, 0.2, variable.shape) + path.endswith("norm1/gamma")

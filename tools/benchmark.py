@@ -118,6 +118,7 @@ def _speed(mode: str) -> tuple[dict, list[str]]:
 
 def _calibrate() -> tuple[dict, list[str]]:
     _refuse_others("calibrate")
+    _refuse(["rounds"], "has no meaning for `calibrate`: each of its updates is measured in one process")
     rules.validate(CONFIG.value)
     from tools.benchmarks import calibrate
 

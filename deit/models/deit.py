@@ -36,7 +36,7 @@ def build(
     std: Sequence[float],
     drop_path: float,
     policy: Any,
-    fused_gradients: bool = False,
+    fused_gradients: bool,
 ) -> tuple[Any, Any]:
     """Return the inference model and the training model of one set of variables (see `connect`)."""
     initializer = functools.partial(vit.truncated_normal, shape.stddev)

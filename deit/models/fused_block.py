@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from absl import logging
 
 from deit import keras
 from deit.models import vit
@@ -29,7 +30,7 @@ _FORCED: list[bool] = []  # by `compiling`, the innermost last
 
 @contextlib.contextmanager
 def compiling(yes: bool) -> Iterator[None]:
-    """Trace the block as for a CPU (True), or a GPU without `xla`, whatever this machine has: to count its cost.
+    """Trace the block with or without the compiler, whatever this machine can do: its cost is counted so.
 
     The softmax of half precision is taken to sum in float32, as a GPU's does.
     """
@@ -41,14 +42,28 @@ def compiling(yes: bool) -> Iterator[None]:
 
 
 def _compiles() -> bool:
-    return _FORCED[-1] if _FORCED else not tf.config.list_physical_devices("GPU")
+    return _FORCED[-1] if _FORCED else _compiler_works()
+
+
+@functools.cache
+def _compiler_works() -> bool:
+    """Try XLA where a GPU is: it needs parts of CUDA that TensorFlow does without. A CPU's compiler is always there."""
+    if not tf.config.list_physical_devices("GPU"):
+        return True
+    try:
+        with tf.init_scope():
+            tf.function(tf.math.erf, autograph=False, jit_compile=True)(tf.ones([8]))
+    except tf.errors.OpError as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logging.warning("XLA can't compile for this GPU (%s): model.fused_gradients=False may be faster", why)
+        return False
+    return True
 
 
 def one_pass(scope: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile arithmetic on each value, or along a row, into one loop, where no GPU is; a profile names it `scope`.
+    """Compile arithmetic on each value, or along a row, into one loop (XLA); a profile names it `scope`.
 
-    TensorFlow's kernels would read and write memory once for every operation. On a GPU `xla` does it, for all of a
-    micro-batch: a compiler is not needed by who has not asked for it.
+    TensorFlow's kernels would read and write memory once for every operation.
     """
 
     def decorate(call):

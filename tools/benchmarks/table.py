@@ -85,7 +85,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
 
 def _row(name: str, found: dict[str, Any]) -> str:
     if "missing" in found:
-        return f"| {name} | not measured: {found['missing']} |{' |' * 6}"
+        return f"| {name} | not measured: {found['missing'].replace('|', '/')} |{' |' * 6}"
     ours, theirs, ratio = found["ours"], found.get("timm"), found.get("ratio")
     cells = [
         f"{name}, {found['batch']}",

@@ -2,7 +2,8 @@
 
 python tools/benchmarks/timm_update.py train|eval [--model=NAME] [--precision=fp32|bf16] [--batch=16] [--steps=8]
 
-Hard labels of the teacher are given, AdamW is PyTorch's fused one, there is no EMA and no guard.
+Hard labels of the teacher are given, AdamW is PyTorch's fused one, there is no EMA and no guard. Sizes, precision and
+drop-path come from our configuration, so that both sides compute the same.
 """
 
 import argparse
