@@ -28,9 +28,14 @@ def new_file(flag: str, value: str | None, ending: str = "") -> Path | None:
     """
     if not value:
         return None
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise errors.UserError(f"{flag} ({value}): {error}") from None
     if path.suffix.lower() != ending and ending:
         raise errors.UserError(f"{flag} ({path}) must end in {ending}")
+    if path.is_dir():
+        raise errors.UserError(f"{flag} ({path}) is a directory: name a file that does not exist yet")
     if os.path.lexists(path):
         raise errors.UserError(f"{flag} ({path}) exists; nothing is overwritten: remove it or choose another")
     if not path.absolute().parent.is_dir():

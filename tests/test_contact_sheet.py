@@ -244,7 +244,12 @@ def test_the_tool_writes_a_picture_and_overwrites_nothing(tmp_path):
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
 
 
-@pytest.mark.parametrize("out", ["sheet.jpg", "missing/sheet.png"])
+def test_a_picture_without_a_name_is_refused():
+    done = run("--out=")
+    assert (done.returncode, done.stderr.strip()) == (1, "error: --out ('') must name a .png file")
+
+
+@pytest.mark.parametrize("out", ["sheet.jpg", "missing/sheet.png", "."])
 def test_a_place_where_no_picture_can_go_is_refused(out, tmp_path):
     done = run(f"--out={tmp_path / out}")
     assert done.returncode == 1 and "--out" in done.stderr and "Traceback" not in done.stderr

@@ -159,10 +159,15 @@ def test_a_cnn_has_rows_for_gpus_but_no_speed_here(cache):
     assert "speed here" not in found and "estimate" in found["V100-16GB"]
 
 
-def test_a_plan_is_the_same_on_a_machine_with_a_gpu_whose_compiler_fails(cache, monkeypatch):
-    here = rows(digits())
+def test_a_plan_is_the_same_where_the_compiler_fails_and_where_a_softmax_sums_in_half_precision(cache, monkeypatch):
+    here = rows(digits(precision="mixed_bfloat16"))
     monkeypatch.setattr(fused_block, "_compiler_works", lambda: False)
-    assert rows(digits()) == here
+    monkeypatch.setattr(fused_block, "_kernel_sums_in_float32", lambda dtype: False)
+    assert rows(digits(precision="mixed_bfloat16")) == here
+
+
+def test_the_usual_configuration_is_calibrated_without_a_flag():
+    assert estimates.flags(base.get_config()) == []
 
 
 def test_heads_alone_take_a_third_of_an_update(cache):

@@ -66,6 +66,16 @@ CASES = {
 }
 
 
+@pytest.fixture
+def tried_anew():
+    """Forget what this machine's kernels were found to do, before and after."""
+    for tried in (fused_block._kernel_sums_in_float32, fused_block._compiler_works):
+        tried.cache_clear()
+    yield
+    for tried in (fused_block._kernel_sums_in_float32, fused_block._compiler_works):
+        tried.cache_clear()
+
+
 def gradients(function, inputs, upstream):
     with tf.GradientTape() as tape:
         tape.watch(inputs)
@@ -138,7 +148,7 @@ def test_a_softmax_of_half_precision_is_float32_s_within_its_own_rounding(dtype,
 
 
 @pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16], ids=["bfloat16", "float16"])
-def test_a_softmax_kernel_that_sums_in_half_precision_is_found_out(dtype, monkeypatch):
+def test_a_softmax_kernel_that_sums_in_half_precision_is_found_out(dtype, monkeypatch, tried_anew):
     def summed_in_half(scores):
         powers = tf.exp(scores)
         halves = powers
@@ -146,19 +156,16 @@ def test_a_softmax_kernel_that_sums_in_half_precision_is_found_out(dtype, monkey
             halves = halves[:, ::2] + halves[:, 1::2]
         return powers / halves
 
-    fused_block._kernel_sums_in_float32.cache_clear()
     monkeypatch.setattr(tf.nn, "softmax", lambda x: summed_in_half(x) if x.dtype == dtype else tf.exp(
         x - tf.reduce_logsumexp(x, -1, keepdims=True)
     ))  # fmt: skip
     assert not fused_block._kernel_sums_in_float32(dtype)
-    fused_block._kernel_sums_in_float32.cache_clear()
 
 
-def test_a_gpu_without_a_compiler_gets_single_operations_and_a_warning(monkeypatch, caplog):
+def test_a_gpu_without_a_compiler_gets_single_operations_and_a_warning(monkeypatch, caplog, tried_anew):
     def failing(x):
         raise tf.errors.InternalError(None, None, "libdevice not found\nat all")
 
-    fused_block._compiler_works.cache_clear()
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["GPU:0"])
     assert fused_block._compiler_works()  # a CPU compiles here
     fused_block._compiler_works.cache_clear()
@@ -166,7 +173,6 @@ def test_a_gpu_without_a_compiler_gets_single_operations_and_a_warning(monkeypat
     with caplog.at_level("WARNING", logger="absl"):
         assert not fused_block._compiler_works()
     assert "(libdevice not found): model.fused_gradients=False may be faster" in caplog.text
-    fused_block._compiler_works.cache_clear()
 
 
 def test_the_softmax_gradient_of_half_precision_sums_in_float32():

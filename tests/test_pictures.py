@@ -43,7 +43,9 @@ def test_no_images_and_a_single_bin_are_drawn_too():
 def test_curves_without_a_step_in_common_names_with_dollars_and_a_single_point_are_drawn():
     one, other = (np.array([1, 3]), np.array([2.0, 1.0])), (np.array([2]), np.array([1.5]))
     drawn = pictures.curves({"runs/a$x_$": one, "_b": other}, "eval/top1$")
-    assert drawn.shape[2] == 3 and drawn.std() > 0
+    assert drawn.shape == (600, 800, 3)
+    shorter = pictures.curves({"runs/a$x_$": one, "": other}, "eval/top1$")
+    assert (drawn[:200, 500:] != shorter[:200, 500:]).any()  # the legend has the name that begins with an underscore
 
 
 def test_the_distance_of_two_curves_is_taken_at_the_steps_that_both_have(monkeypatch):

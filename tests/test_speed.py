@@ -101,13 +101,18 @@ def test_the_profile_of_an_update_has_every_group_and_no_more_time_than_went_by(
     step, network = update.student(small(global_batch=4), classes=list("abcde"), train_size=100)
     batch = update.pictures(4, 32, len(network.drop_rates))
     update.timed(lambda: step(batch), 4)
-    started = time.perf_counter()
-    found = groups.measure(lambda: step(batch), runs=2)
-    spent = time.perf_counter() - started
+    seconds = []
+
+    def once():
+        started = time.perf_counter()
+        step(batch).numpy()
+        seconds.append(time.perf_counter() - started)
+
+    found = groups.measure(once, runs=2)
     named = {"matrix products", "attention softmax", "GELU", "LayerNorm", "optimizer", "input"}
     assert named <= found.keys()
     assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert 0 < sum(found.values()) < spent * os.cpu_count() / 2  # kernels of one run, on as many cores
+    assert 0 < sum(found.values()) < np.mean(seconds) * os.cpu_count()  # of one run, a kernel on each core
     assert products.of(step.trace(batch))
 
 
@@ -170,6 +175,14 @@ def test_where_timm_fails_ours_is_measured_all_the_same(monkeypatch):
     found = sides.compare(small(), "train", 4, command=[sys.executable, "-c", code], rounds=1)
     assert found["ours"]["images_per_sec"] == 2.0 and "ratio" not in found
     assert found["unmatched"].endswith("of timm ended with exit code 1: Input size must be a multiple")
+    found = speed.memory(small(), rounds=1, command=[sys.executable, "-c", code])
+    assert found["peak_mb"] == [5.0] * 3 and "timm_peak_mb" not in found
+
+
+def test_a_last_line_that_is_no_number_is_told():
+    chatty = sides.Side((sys.executable, "-c", "print('{}'); print('goodbye')"))
+    with pytest.raises(errors.UserError, match="of chatty ended with a line that is no JSON: goodbye"):
+        sides.alternate({"chatty": chatty}, rounds=1, said="test")
 
 
 def test_a_side_that_fails_ends_the_measurement_with_its_last_line():
@@ -222,7 +235,7 @@ def test_the_table_has_a_row_a_measurement_and_says_what_could_not_be_measured()
         "eval tiny float16": {"missing": "out of memory"},
         "accumulate": {
             "micro_batch": 16, "global_batch": 256, "speed_ratio": 0.98, "memory_ratio": 1.05,
-            "images_per_sec": [30.0, 25.6],
+            "images_per_sec": [30.0, 25.6], "ratio_rounds": [0.97, 0.99],
         },
         "startup": {"seconds": {"import": 2.0, "trace": 3.0}, "total": 5.0, "batch": 16},
         "optimizer": {"seconds": 0.1, "log_seconds": 0.001},

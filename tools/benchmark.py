@@ -33,12 +33,14 @@ python tools/benchmark.py checkpoint [--config=FILE] [--rounds=3] [--updates=3] 
     images) saved and without. No teacher, no mixing. It is written below the temporary directory: TMPDIR chooses.
 """
 
+import contextlib
 import functools
 import json
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,10 +112,26 @@ def _speed(mode: str) -> tuple[dict, list[str]]:
         "scaling": (scaling.measure, scaling.lines),
         "set": (functools.partial(table.measure, out=out), table.markdown),
     }[mode]
-    result = measure(CONFIG.value, rounds=ROUNDS.value, command=_command(mode))
-    if mode == "scaling" and out:
-        scaling.draw(result, out)
+    with _reserved(out):
+        result = measure(CONFIG.value, rounds=ROUNDS.value, command=_command(mode))
+        if mode == "scaling" and out:
+            scaling.draw(result, out)
     return result, lines(result)
+
+
+@contextlib.contextmanager
+def _reserved(out: Path | None) -> Iterator[None]:
+    """Make the empty file of a result before half an hour goes by; remove it where nothing was written."""
+    try:
+        if out:
+            out.touch(exist_ok=False)
+    except OSError as error:
+        raise errors.UserError(f"--out ({out}) can't be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        if out and not out.stat().st_size:
+            out.unlink()
 
 
 def _calibrate() -> tuple[dict, list[str]]:

@@ -75,9 +75,9 @@ def draw(runs: list[Path], metric: str, picture: Path) -> None:
 
     lines = {}
     for run in runs:
-        found = [
-            (line["step"], line[metric]) for line in summaries.read_metrics(run / "metrics.jsonl") if metric in line
-        ]
+        logged = summaries.read_metrics(run / "metrics.jsonl")
+        # A value that was not finite is logged as null.
+        found = [(line["step"], line[metric]) for line in logged if line.get(metric) is not None]
         if not found:
             raise errors.UserError(f"--metric ({metric}) is not in {run / 'metrics.jsonl'}")
         lines[str(run)] = tuple(map(np.asarray, zip(*found)))

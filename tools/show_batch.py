@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from absl import flags
 from ml_collections import config_flags
 
-from deit import cli, rules
+from deit import cli, errors, rules
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration FILE.py[:ARG] or a run's config.json; --config.FIELD=VALUE changes a field."
@@ -28,6 +28,8 @@ VIEWS = flags.DEFINE_integer("views", 4, "Views of each example.", lower_bound=1
 def main(_) -> int:
     """Open the data, draw, write."""
     config, out = CONFIG.value, cli.new_file("--out", OUT.value, ".png")
+    if out is None:
+        raise errors.UserError("--out ('') must name a .png file")
     rules.validate(config)
 
     import PIL.Image

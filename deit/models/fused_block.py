@@ -25,7 +25,7 @@ from deit import keras
 from deit.models import vit
 
 _EPSILON = {tf.bfloat16: 2.0**-7, tf.float16: 2.0**-10}  # from 1 to the next value
-_FORCED: list[bool] = []  # by `compiling`, the innermost last
+_COUNTING: list[bool] = []  # inside of `compiling`: its argument, the innermost last
 
 
 @contextlib.contextmanager
@@ -34,15 +34,15 @@ def compiling(yes: bool) -> Iterator[None]:
 
     The softmax of half precision is taken to sum in float32, as a GPU's does.
     """
-    _FORCED.append(yes)
+    _COUNTING.append(yes)
     try:
         yield
     finally:
-        _FORCED.pop()
+        _COUNTING.pop()
 
 
 def _compiles() -> bool:
-    return _FORCED[-1] if _FORCED else _compiler_works()
+    return _COUNTING[-1] if _COUNTING else _compiler_works()
 
 
 @functools.cache
@@ -191,7 +191,7 @@ def attention(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, Call
 
 def softmax(scores: tf.Tensor) -> tf.Tensor:
     """Return the softmax along the last axis, its sums in float32 whatever the dtype."""
-    if scores.dtype in _EPSILON and not (_FORCED or _kernel_sums_in_float32(scores.dtype)):
+    if scores.dtype in _EPSILON and not (_COUNTING or _kernel_sums_in_float32(scores.dtype)):
         return tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), scores.dtype)
     return tf.nn.softmax(scores)
 

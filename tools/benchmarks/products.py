@@ -81,7 +81,8 @@ def _operations(graph) -> Iterator[tf.Operation]:
             raise ValueError(f"{op.name} is a {op.type}, which is not counted")
         elif kind == "If":  # the optimizer's, of an update whose gradients are finite
             for branch in ("then_branch", "else_branch"):
-                for product in _operations(graph._get_function(op.get_attr(branch).name).graph):
+                product = next(_operations(graph._get_function(op.get_attr(branch).name).graph), None)
+                if product is not None:
                     raise ValueError(f"{product.name} is computed under a condition, which is not counted")
 
 

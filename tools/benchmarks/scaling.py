@@ -1,8 +1,8 @@
 """The cost of an update against accumulation steps and image size: measured, fitted, drawn.
 
 Laws: t(a) = t0 + t1 a seconds for a micro-batches in an update; t(T) = c0 + c1 T + c2 T^2 seconds an image of T tokens
-(dense layers grow with T, attention with its square; c0 is a micro-batch's share of the optimizer, divided by its
-images). `worst` is the largest relative distance of a measurement from its law.
+(dense layers grow with T, attention with its square, and c0 is what does not: optimizer, kernels that a scale is
+multiplied into, starting operations). `worst` is the largest relative distance of a measurement from its law.
 """
 
 import statistics
@@ -77,7 +77,7 @@ def law(fitted: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw both sweeps with their laws, and peak memory beside them, to a new PNG file."""
+    """Draw both sweeps with their laws, and peak memory beside them, to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -100,8 +100,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.spines["top"].set_visible(False)
         beside.spines["top"].set_visible(False)
     figure.suptitle(f"{result['model']}, {result['precision']}, micro-batches of {result['micro_batch']}")
-    with path.open("xb") as file:
-        figure.savefig(file, dpi=110, format="png")
+    figure.savefig(path, dpi=110)
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -64,7 +64,10 @@ def _run(name: str, side: Side) -> dict[str, Any]:
     if done.returncode or not done.stdout.strip():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise Failed(name, f"ended with exit code {done.returncode}: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except ValueError:
+        raise Failed(name, f"ended with a line that is no JSON: {done.stdout.splitlines()[-1]}") from None
 
 
 def peer(config, what: str, size: int) -> Side | str:
@@ -105,27 +108,32 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def beside(
+    ours: Mapping[str, Side], theirs: Side | str, *, rounds: int, said: str
+) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Return what `alternate` finds of our sides and of timm's, and why timm's is not there, "" where it is."""
+    if isinstance(theirs, str):
+        return alternate(ours, rounds=rounds, said=said), theirs
+    try:
+        return alternate({**ours, "timm": theirs}, rounds=rounds, said=said), ""
+    except Failed as error:
+        if error.side != "timm":
+            raise
+        return alternate(ours, rounds=rounds, said=said), str(error)
+
+
 def compare(config, what: str, size: int, *, command: Sequence[str], rounds: int) -> dict[str, Any]:
     """Measure ours, `command WORD SIZE`, in turn with timm's.
 
     `what`: train or eval. Returns runs (ours), `summary` of each side, and ratio: its median over the rounds, those of
     each round, and of the peaks; or unmatched, why there is no other side.
     """
-    sides = {"ours": Side((*command, {"train": "floor", "eval": "evaluate"}[what], str(size)))}
-    theirs = peer(config, what, size)
-    if isinstance(theirs, Side):
-        sides["timm"] = theirs
-    wanted = {"rounds": rounds, "said": f"{what} {config.model.variant} {config.precision}"}
-    try:
-        runs = alternate(sides, **wanted)
-    except Failed as error:
-        if error.side != "timm":
-            raise
-        theirs = str(error)
-        runs = alternate({"ours": sides["ours"]}, **wanted)
+    ours = {"ours": Side((*command, {"train": "floor", "eval": "evaluate"}[what], str(size)))}
+    said = f"{what} {config.model.variant} {config.precision}"
+    runs, unmatched = beside(ours, peer(config, what, size), rounds=rounds, said=said)
     found: dict[str, Any] = {"runs": runs["ours"], **{name: summary(each) for name, each in runs.items()}}
-    if isinstance(theirs, str):
-        return {**found, "unmatched": theirs}
+    if unmatched:
+        return {**found, "unmatched": unmatched}
     ours, other = found["ours"], found["timm"]
     ratios = [a / b for a, b in zip(ours["rounds"], other["rounds"])]
     versions = {name: runs["timm"][0][name] for name in ("torch", "timm")}

@@ -103,6 +103,7 @@ def accumulate(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]
         "rounds": [first["rounds"], second["rounds"]],
         "peak_mb": [first["peak_mb"], second["peak_mb"]],
         "speed_ratio": second["images_per_sec"] / first["images_per_sec"],
+        "ratio_rounds": [b / a for a, b in zip(first["rounds"], second["rounds"])],
         "memory_ratio": second["peak_mb"] / first["peak_mb"],
     }  # fmt: skip
 
@@ -118,7 +119,8 @@ def accumulate_lines(result: dict[str, Any]) -> list[str]:
             result["peak_mb"],
         )
     ]
-    return [*lines, f"ratio             : {result['speed_ratio']:6.3f}           {result['memory_ratio']:6.3f}"]
+    ratios = f"(rounds: {_listed(result['ratio_rounds'])})"
+    return [*lines, f"ratio             : {result['speed_ratio']:6.3f} {ratios}; memory {result['memory_ratio']:.3f}"]
 
 
 def memory(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
@@ -126,8 +128,7 @@ def memory(config, *, rounds: int, command: Sequence[str]) -> dict[str, Any]:
     sizes = sorted({max(1, config.micro_batch // 4), max(1, config.micro_batch // 2), config.micro_batch})
     wanted = {str(size): sides.Side((*command, f"--config.micro_batch={size}", "update", str(size))) for size in sizes}
     theirs = sides.peer(config, "train", config.micro_batch)
-    wanted |= {"timm": theirs} if isinstance(theirs, sides.Side) else {}
-    runs = sides.alternate(wanted, rounds=rounds, said="memory")
+    runs, _ = sides.beside(wanted, theirs, rounds=rounds, said="memory")
     peaks = {name: sides.summary(each)["peak_mb"] for name, each in runs.items()}
     other = peaks.pop("timm", None)
     found: dict[str, Any] = {"micro_batch": sizes, "peak_mb": list(peaks.values())}

@@ -115,9 +115,10 @@ def below(result: dict[str, Any]) -> list[str]:
 
 
 def _accumulate_line(found: dict[str, Any], whole: dict[str, Any]) -> str:
+    least, most = min(found["ratio_rounds"]), max(found["ratio_rounds"])
     return (
         f"{found['global_batch']} as micro-batches of {found['micro_batch']}: {found['speed_ratio']:.3f} of the single "
-        f"update's rate, {found['memory_ratio']:.2f} times its memory"
+        f"update's rate ({least:.2f} to {most:.2f}), {found['memory_ratio']:.2f} times its memory"
     )
 
 
