@@ -10,6 +10,8 @@ trained DeiT-B in half precision, data and all (8 of them, 300 epochs, 53 hours:
 passes of DeiT-Ti, S, B and B at 384 px (2536, 940, 292 and 86 images/s), which fits float32.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
@@ -100,7 +102,8 @@ def weights_bytes(config, *, count: int, trained: int) -> float:
     `count`, `trained`: parameters. Fused blocks hold qkv's and fc1's kernels a second time, 7 of 12 parts of a block.
     """
     copies = 4 + bool(config.optim.ema_decay) + config.optim.amsgrad
-    return 4.0 * (count + trained * copies + (0.6 * count if fused(config) else 0.0))
+    folded = 0.6 * count if fused(config) and config.optim.train_only != "heads" else 0.0
+    return 4.0 * (count + trained * copies + folded)
 
 
 def fused(config) -> bool:
@@ -108,9 +111,13 @@ def fused(config) -> bool:
     return config.model.fused_gradients and factory.shape_of(config.model) is not None
 
 
-def kept_bytes(config, spent: cost.Cost) -> float:
-    """Return the bytes that an update holds for an image: a part of what its forward pass makes, as on DeiT-Ti."""
-    return spent.activation_bytes * (0.4 if fused(config) else 0.5)
+def kept_bytes(config, spent: cost.Cost, calibrated: Calibration | None = None) -> float:
+    """Return the bytes that an update holds for an image: a part of what its forward pass makes, as on DeiT-Ti.
+
+    Where heads alone are trained, a tensor is let go when the next ones are made: about one block's are there at once.
+    """
+    share = calibrated.activation_factor if calibrated else 0.4 if fused(config) else 0.5
+    return spent.activation_bytes * share * (0.05 if config.optim.train_only == "heads" else 1.0)
 
 
 def gpu_memory(*, weights: float, kept: float, micro_batch: int) -> float:

@@ -38,14 +38,13 @@ def describe(
     copies = 2 + bool(o.ema_decay) + o.amsgrad  # two moments (Adam's, LAMB's), of what is trained
     disk = 4 * (count + trained * copies)
     weights = estimates.weights_bytes(config, count=count, trained=trained)
-    kept = estimates.kept_bytes(config, spent)
     calibrated = estimates.read(config)
     source = f"calibrated {calibrated.measured}" if calibrated else "estimate"
     memory = (
         (calibrated.base_bytes if calibrated else _BASE_MEMORY)
         + weights
         + disk  # the snapshot being written
-        + config.micro_batch * (spent.activation_bytes * calibrated.activation_factor if calibrated else kept)
+        + config.micro_batch * estimates.kept_bytes(config, spent, calibrated)
         + 3 * config.data.image_size**2 * config.global_batch * 4  # uint8 batches in flight
     )
     rows = {
@@ -70,7 +69,7 @@ def describe(
         "disk": f"{disk / 1e6:.0f} MB a checkpoint, {config.checkpoint.keep} newest + best are kept",
         "memory": f"about {memory / 1e9:.1f} GB without the teacher ({source})",
         "speed here": _speed(spent, calibrated, config),
-        **_gpus(spent, weights, kept, config),
+        **_gpus(spent, weights, config),
     }
     return "\n".join(f"  {name:<14} {value}" for name, value in rows.items() if value)
 
@@ -89,7 +88,7 @@ def _speed(spent: cost.Cost, calibrated: estimates.Calibration | None, config) -
     )
 
 
-def _gpus(spent: cost.Cost, weights: float, kept: float, config) -> dict[str, str]:
+def _gpus(spent: cost.Cost, weights: float, config) -> dict[str, str]:
     """Return a row on a V100 and one on other GPUs, from their data sheets; none where the FLOPs are not known."""
     if math.isnan(spent.flops):
         return {}
@@ -97,6 +96,7 @@ def _gpus(spent: cost.Cost, weights: float, kept: float, config) -> dict[str, st
     rates = {
         name: estimates.gpu_images_per_sec(gpu, spent, config.precision, passes) for name, gpu in estimates.GPUS.items()
     }
+    kept = estimates.kept_bytes(config, spent)
     memory = estimates.gpu_memory(weights=weights, kept=kept, micro_batch=config.micro_batch)
     first, *others = rates
     hours = _images(config) / rates[first] / 3600

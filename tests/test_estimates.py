@@ -179,6 +179,14 @@ def test_heads_alone_take_a_third_of_an_update(cache):
         assert many == pytest.approx(3 * few, rel=0.01)
 
 
+def test_heads_alone_need_little_memory_for_a_large_micro_batch(cache):
+    c = {"global_batch": 4096, "micro_batch": 4096, "model.variant": "deit_tiny_patch16_224", "data.image_size": 224}
+    for name, place in (("V100-16GB", 9), ("memory", 1)):
+        whole, heads = (rows(digits(**c, **{"optim.train_only": only})) for only in ("", "heads"))
+        few, many = (float(found[name].split()[place]) for found in (heads, whole))
+        assert many > 100 and few < 10
+
+
 def test_half_precision_that_a_v100_has_not_is_given_no_hours_of_one(cache):
     assert rows(digits(precision="mixed_bfloat16"))["compute"].endswith("FLOPs; a V100 has no units for bfloat16")
 
