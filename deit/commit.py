@@ -104,8 +104,8 @@ def whole(out: Path) -> Iterator[Path]:
     try:
         yield under_way
         if under_way.is_dir():
-            for path in under_way.iterdir():
-                run_directory.sync(path)
+            for path in under_way.rglob("*"):
+                (run_directory.sync_directory if path.is_dir() else run_directory.sync)(path)
             run_directory.sync_directory(under_way)
             os.rename(under_way, out)  # fails where `out` is a file or a directory with something in it
         else:

@@ -71,9 +71,14 @@ def evaluation(config) -> Callable[[tf.Tensor], tf.Tensor]:
 
     def view(encoded):
         image = decode.decode(encoded, max_pixels=limit, short_side=int(size / ratio) if ratio else 0)
-        return augment.evaluation(image, size=size, crop_ratio=ratio)
+        return prepared(config, image)
 
     return view
+
+
+def prepared(config, image: tf.Tensor) -> tf.Tensor:
+    """Return what evaluation makes of a decoded picture uint8 [H, W, 3]: uint8 [S, S, 3]."""
+    return augment.evaluation(image, size=config.data.image_size, crop_ratio=config.eval.crop_ratio)
 
 
 def fill_colour(config) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """A transformer of ours as layers that Keras itself has: what a file needs that opens where this package is not.
 
-Promises: `tf_keras.models.load_model` opens the model without custom objects; logits are the network's, roundings apart.
-It is made for inference and fine-tuning elsewhere: residual branches are never dropped. Formulas that were folded:
+Promises: `tf_keras.models.load_model` opens the model without custom objects; logits are the network's, but for
+roundings. It is made for inference and fine-tuning elsewhere: residual branches are never dropped. What was folded:
 - Patches are cut by reshapes; class, distillation and register tokens start as rows of zeros before them. Projection,
   tokens and position embedding are then one dense layer with a bias for every row: x W + b, b = token + position, or
   the projection's bias + position.

@@ -1,0 +1,50 @@
+"""Write a run's student as files that others open.
+
+python tools/export.py --ckpt=RUN|CHECKPOINT --out=DIR [--formats=saved_model,keras] [--weights=raw|ema] [--force]
+
+saved_model: opens in plain TensorFlow; decoding, resizing and class names are inside. serving_default takes images
+uint8 [B, H, W, 3] of any size, encoded takes JPEG or PNG files; both give probabilities, logits and class names.
+keras: model.keras, which tf_keras.models.load_model opens; images [B, S, S, 3] in [0, 255] give logits.
+Each file is read again and compared with the checkpoint's logits before DIR appears.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from deit import checkpoint, cli, errors
+
+CKPT = flags.DEFINE_string("ckpt", None, "A run directory (its newest checkpoint) or one checkpoint.", required=True)
+OUT = flags.DEFINE_string("out", None, "The directory to write; it must not exist, or --force.", required=True)
+FORMATS = flags.DEFINE_list("formats", ["saved_model", "keras"], "Of saved_model, keras, separated by commas.")
+WEIGHTS = flags.DEFINE_enum("weights", "raw", ["raw", "ema"], "Which of a run's two sets of weights.")
+FORCE = flags.DEFINE_boolean("force", False, "Replace --out where it exists.")
+KNOWN = ("saved_model", "keras")
+
+
+def main(_) -> int:
+    """Export --ckpt to --out and print what was written."""
+    for name in FORMATS.value or [""]:
+        if name not in KNOWN:
+            raise errors.UserError(f"--formats ({name}) must be of {', '.join(KNOWN)}")
+    out = Path(OUT.value).expanduser()
+    if os.path.lexists(out) and not FORCE.value:
+        raise errors.UserError(f"--out ({out}) exists: --force replaces it, once the new export is whole")
+    checkpoint.locate(CKPT.value)
+
+    from deit import export  # TensorFlow starts only now, with everything checked that can be
+
+    for each in export.export(CKPT.value, out, formats=FORMATS.value, weights=WEIGHTS.value, force=FORCE.value):
+        print(
+            f"{out / each.name}  {each.bytes / 1e6:.1f} MB, logits at most {each.difference:.1e} "
+            f"from the checkpoint's (up to {each.largest:.2f})"
+        )
+    return errors.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)
