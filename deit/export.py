@@ -109,7 +109,8 @@ class Served(tf.Module):
 
     def __init__(self, model: Any, opened: saved.Saved) -> None:
         super().__init__()
-        self.model = model
+        self.weights = list(model.weights)  # and not the model: its layers would be stored with functions of their own
+        self.forward = functools.partial(model, training=False)
         self.config = opened.config
         self.class_names = tf.constant(list(opened.config.resolved.classes))
 
@@ -126,7 +127,7 @@ class Served(tf.Module):
     def _answer(self, inputs, prepare: Callable) -> dict[str, tf.Tensor]:
         size = self.config.data.image_size
         ready = tf.map_fn(prepare, inputs, fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8))
-        outputs = self.model(tf.cast(ready, tf.float32), training=False)
+        outputs = self.forward(tf.cast(ready, tf.float32))
         logits = {f"logits_{name}": value for name, value in outputs.items()}
         probabilities = tf.nn.softmax(factory.fused(outputs))
         return {"probabilities": probabilities, **logits, "class_names": tf.identity(self.class_names)}

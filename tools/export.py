@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from absl import flags
+from absl import flags, logging
 
 from deit import checkpoint, cli, errors
 
@@ -38,6 +38,7 @@ def main(_) -> int:
 
     from deit import export  # TensorFlow starts only now, with everything checked that can be
 
+    logging.set_verbosity(logging.WARNING)  # TensorFlow tells every step of writing a SavedModel
     for each in export.export(CKPT.value, out, formats=FORMATS.value, weights=WEIGHTS.value, force=FORCE.value):
         print(
             f"{out / each.name}  {each.bytes / 1e6:.1f} MB, logits at most {each.difference:.1e} "
