@@ -1,4 +1,4 @@
-"""A checkpoint's student as files that others open: a SavedModel, a Keras file.
+"""A checkpoint's student as files that others open: a SavedModel, a Keras file, TFLite files.
 
 Promises: every file is read again and compared with the checkpoint's own logits before the directory has its name; a
 process with TensorFlow alone, or tf_keras alone, opens them, without this package; a transformer is written as Keras'
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from deit import commit, errors, keras, runtime, saved
-from deit.data import views
+from deit import commit, errors, keras, lite, runtime, saved
+from deit.data import sources, stream, views
 from deit.models import factory, stock
 
 TOLERANCE = 1e-4  # of the largest logit: what a file's logits may differ by from the checkpoint's
@@ -37,12 +37,16 @@ class Written:
       bytes: its size.
       difference: largest absolute difference of a logit from the checkpoint's.
       largest: the checkpoint's largest absolute logit.
+      top1, milliseconds: of a TFLite file: accuracy on the evaluation split, None where the data is absent; time of one
+        picture.
     """
 
     name: str
     bytes: int
     difference: float
     largest: float
+    top1: float | None = None
+    milliseconds: float | None = None
 
 
 def export(
@@ -62,7 +66,7 @@ def export(
     try:
         with commit.whole(out) as under_way:
             under_way.mkdir()
-            written = [_FORMATS[name](model, opened, under_way, sample) for name in formats]
+            written = [each for name in formats for each in _FORMATS[name](model, opened, under_way, sample)]
             facts = {
                 "step": opened.step,
                 "state_sha256": opened.state_sha256,
@@ -149,17 +153,17 @@ class _Sample:
         found = opened.network.logits(tf.constant(images, tf.float32))
         return cls(images, {name: value.numpy() for name, value in found.items()})
 
-    def written(self, path: Path, logits: dict[str, np.ndarray]) -> Written:
-        """Return the facts of a file that gave `logits`. Errors: UserError where they are not the checkpoint's."""
+    def written(self, path: Path, logits: dict[str, np.ndarray], *, exact: bool = True) -> Written:
+        """Return the facts of a file that gave `logits`. Errors: UserError where `exact` ones are others."""
         difference = max(float(np.abs(logits[name] - value).max()) for name, value in self.logits.items())
         largest = max(float(np.abs(value).max()) for value in self.logits.values())
-        if not difference <= TOLERANCE * max(1.0, largest):
+        if exact and not difference <= TOLERANCE * max(1.0, largest):
             raise errors.UserError(f"{path.name} gives other logits than the checkpoint: {difference:.3g} apart")
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         return Written(path.name, sum(file.stat().st_size for file in files), difference, largest)
 
 
-def _saved_model(model: Any, opened: saved.Saved, out: Path, sample: _Sample) -> Written:
+def _saved_model(model: Any, opened: saved.Saved, out: Path, sample: _Sample) -> list[Written]:
     path, served = out / "saved_model", Served(model, opened)
     signatures = {"serving_default": served.images, "encoded": served.encoded}
     tf.saved_model.save(served, str(path), signatures=signatures)
@@ -169,16 +173,33 @@ def _saved_model(model: Any, opened: saved.Saved, out: Path, sample: _Sample) ->
         found = opened.network.logits(tf.constant(seen, tf.float32))
         sample = _Sample(sample.images, {name: value.numpy() for name, value in found.items()})
     answer = tf.saved_model.load(str(path)).signatures["serving_default"](images=tf.constant(sample.images))
-    return sample.written(path, {name: answer[f"logits_{name}"].numpy() for name in sample.logits})
+    return [sample.written(path, {name: answer[f"logits_{name}"].numpy() for name in sample.logits})]
 
 
-def _keras(model: Any, opened: saved.Saved, out: Path, sample: _Sample) -> Written:
+def _keras(model: Any, opened: saved.Saved, out: Path, sample: _Sample) -> list[Written]:
     path = out / "model.keras"
     model.save(path)
     again = keras.models.load_model(path)
     found = again(tf.constant(sample.images, tf.float32), training=False)
-    return sample.written(path, {name: value.numpy() for name, value in found.items()})
+    return [sample.written(path, {name: value.numpy() for name, value in found.items()})]
 
 
-_FORMATS: dict[str, Callable[..., Written]] = {"saved_model": _saved_model, "keras": _keras}
+def _tflite(model: Any, opened: saved.Saved, out: Path, sample: _Sample) -> list[Written]:
+    found, config = [], opened.config
+    batches = None
+    if sources.sizes(config.data) is not None:
+        source = sources.open_source(config.data, config.data.eval_split)
+        batches = stream.evaluation(source, config, batch=config.eval.batch)
+    for kind in lite.KINDS:
+        path = out / f"model-{kind}.tflite"
+        path.write_bytes(lite.convert(model, kind))
+        interpreter = lite.Interpreter(path.read_bytes(), threads=stream.cores())
+        each = sample.written(path, interpreter.logits(sample.images), exact=kind == "float32")
+        accuracy = None if batches is None else lite.top1(interpreter, batches, said=f"evaluating {path.name}")
+        spent = lite.milliseconds(interpreter, sample.images[0])
+        found.append(dataclasses.replace(each, top1=accuracy, milliseconds=spent))
+    return found
+
+
+_FORMATS: dict[str, Callable[..., list[Written]]] = {"saved_model": _saved_model, "keras": _keras, "tflite": _tflite}
 FORMATS = tuple(_FORMATS)

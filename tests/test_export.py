@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deit import errors, export, predict, saved
+from deit import errors, evaluate, export, predict, saved
 from tests import family
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ def ckpt(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(ckpt, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "new" / "out"
-    return out, export.export(ckpt, out, formats=export.FORMATS)
+    return out, export.export(ckpt, out, formats=["saved_model", "keras"])
 
 
 def run(*arguments):
@@ -123,6 +123,7 @@ def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(ckpt, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_export_that_exists_is_kept_without_force_and_replaced_whole_with_it(ckpt, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -141,13 +142,54 @@ def test_an_export_that_exists_is_kept_without_force_and_replaced_whole_with_it(
     ("flags", "why"),
     [
         (["--ckpt=nowhere", "--out=x"], "nowhere is no run"),
-        (["--ckpt=.", "--out=x", "--formats=keras,h5"], "--formats (h5) must be of saved_model, keras"),
+        (["--ckpt=.", "--out=x", "--formats=keras,h5"], "--formats (h5) must be of saved_model, keras, tflite"),
     ],
 )
 def test_a_bad_flag_is_one_line(flags, why):
     done = run(*flags)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and why in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not os.path.exists(REPOSITORY / "x")
+
+
+@pytest.mark.slow
+def test_tflite_files_answer_in_a_process_of_their_own_and_a_quantised_one_is_smaller(tmp_path):
+    def digits(config):
+        config.data.name, config.data.train_split, config.data.eval_split = "digits", "train", "test"
+
+    classes = [str(i) for i in range(10)]
+    where = family.checkpoint(tmp_path / "ckpt", VARIANT, classes=classes, change=digits)
+    written = {each.name: each for each in export.export(where, tmp_path / "out", formats=["tflite"])}
+    exact, half, eighth = (written[f"model-{kind}.tflite"] for kind in ("float32", "float16", "int8"))
+    assert exact.difference <= 1e-4 * max(1.0, exact.largest) < half.difference + 1e-4
+    assert exact.bytes > 1.6 * half.bytes and half.bytes > 1.3 * eighth.bytes
+    assert half.difference < 0.02 * exact.largest and eighth.difference < 0.2 * exact.largest
+    _, report = evaluate.checkpointed(where)
+    assert exact.top1 == pytest.approx(report.metrics["eval/top1"], abs=1e-9)
+    assert all(each.milliseconds > 0 for each in written.values())
+    images = np.random.default_rng(3).integers(0, 256, [3, 32, 32, 3]).astype("f4")
+    np.save(tmp_path / "x.npy", images)
+    code = (
+        "import numpy as np, tensorflow as tf\n"
+        f"answer = tf.lite.Interpreter({str(tmp_path / 'out/model-float32.tflite')!r}).get_signature_runner()\n"
+        "np.savez('y.npz', **answer(image=np.load('x.npy')))\n"
+    )
+    alone(code, tmp_path)
+    for name, want in own_logits(where, images).items():
+        np.testing.assert_allclose(np.load(tmp_path / "y.npz")[name], want, atol=1e-4 * max(1.0, np.abs(want).max()))
+
+
+def test_a_quantised_file_that_loses_more_than_a_point_is_told():
+    code = (
+        "from pathlib import Path; from deit import export; from tools import export as tool\n"
+        "made = [export.Written(f'model-{k}.tflite', 10**6, 0.0, 1.0, t, 5.0) "
+        "for k, t in (('float32', 0.7), ('float16', 0.695), ('int8', 0.6), ('none', None))]\n"
+        "print('\\n'.join(tool.lines(Path('o'), made)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    found = done.stdout.splitlines()
+    assert found[1].endswith("5.0 ms a picture, top-1 0.6950")
+    assert found[2].endswith("top-1 0.6000, LOSES 10.0 POINTS")
+    assert found[3].endswith("accuracy not measured: the data is absent")
 
 
 def test_a_file_that_is_no_picture_is_an_error_of_the_request(exported):
