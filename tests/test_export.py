@@ -85,7 +85,7 @@ def test_tf_keras_alone_opens_the_keras_file_with_equal_logits(ckpt, exported, t
         "np.savez('y.npz', **model.predict(np.load('x.npy'), verbose=0))\n"
     )
     alone(code, tmp_path)
-    found = np.load(tmp_path / "y.npz")
+    found = np.load(tmp_path / "y.npz", allow_pickle=False)
     for name, want in own_logits(ckpt, images).items():
         np.testing.assert_allclose(found[name], want, atol=1e-5 * max(1.0, np.abs(want).max()))
 
@@ -175,7 +175,9 @@ def test_tflite_files_answer_in_a_process_of_their_own_and_a_quantised_one_is_sm
     )
     alone(code, tmp_path)
     for name, want in own_logits(where, images).items():
-        np.testing.assert_allclose(np.load(tmp_path / "y.npz")[name], want, atol=1e-4 * max(1.0, np.abs(want).max()))
+        np.testing.assert_allclose(
+            np.load(tmp_path / "y.npz", allow_pickle=False)[name], want, atol=1e-4 * max(1.0, np.abs(want).max())
+        )
 
 
 def test_a_quantised_file_that_loses_more_than_a_point_is_told():
