@@ -142,6 +142,17 @@ def student(
     return report
 
 
+def split_of(config) -> tuple[sources.Source, Iterable]:
+    """Return a checkpoint's evaluation split and its batches. Errors: UserError where its classes are others."""
+    source, classes = sources.open_source(config.data, config.data.eval_split), tuple(config.resolved.classes)
+    if tuple(source.classes) != classes:
+        raise errors.UserError(
+            f"data.name ({config.data.name}) must have the classes of the checkpoint: it has {len(source.classes)} "
+            f"({sources.few(source.classes)}), the checkpoint {len(classes)} ({sources.few(classes)})"
+        )
+    return source, stream.evaluation(source, config, batch=config.eval.batch)
+
+
 def checkpointed(
     path: str | Path,
     *,
@@ -166,14 +177,8 @@ def checkpointed(
         if teacher_path:
             config.teacher.path = teacher_path
             config.teacher.kind = "run" if config.teacher.kind == "train" else config.teacher.kind
-    source = sources.open_source(config.data, config.data.eval_split)
+    source, batches = split_of(config)
     classes = tuple(config.resolved.classes)
-    if tuple(source.classes) != classes:
-        raise errors.UserError(
-            f"data.name ({config.data.name}) must have the classes of the checkpoint: it has {len(source.classes)} "
-            f"({sources.few(source.classes)}), the checkpoint {len(classes)} ({sources.few(classes)})"
-        )
-    batches = stream.evaluation(source, config, batch=config.eval.batch)
     labels, gate = None, {}
     try:
         teacher = teachers.build(config, classes=classes, workdir=opened.run)

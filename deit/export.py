@@ -1,8 +1,8 @@
 """A checkpoint's student as files that others open: a SavedModel, a Keras file, TFLite files.
 
 Promises: every file is read again and compared with the checkpoint's own logits before the directory has its name; a
-process with TensorFlow alone, or tf_keras alone, opens them, without this package; a transformer is written as Keras'
-own layers (`models/stock.py`), so that `tf_keras.models.load_model` needs no custom objects.
+process with TensorFlow alone opens SavedModel and TFLite without this package. A transformer is written as Keras' own
+layers (`models/stock.py`), so that tf_keras alone opens its Keras file; a CNN's needs `import deit.models.cnn` before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from deit import commit, errors, keras, lite, runtime, saved
+from deit import commit, errors, evaluate, keras, lite, runtime, saved
 from deit.data import sources, stream, views
 from deit.models import factory, stock
 
@@ -79,10 +79,12 @@ def export(
             if force and os.path.lexists(out):
                 replaced = out.with_name(f"tmp-replaced-{out.name}-{secrets.token_hex(4)}")
                 os.rename(out, replaced)
-    except OSError as error:
+    except BaseException as error:
         if replaced and not os.path.lexists(out):
             os.rename(replaced, out)
-        raise errors.UserError(f"--out ({out}) can't be written: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise errors.UserError(f"--out ({out}) can't be written: {error.strerror or error}") from error
+        raise
     if replaced:
         shutil.rmtree(replaced)
     return written
@@ -150,7 +152,12 @@ class _Sample:
         images = np.random.default_rng(0).integers(0, 256, [4, size, size, 3], np.uint8)
         images[1:3] = np.linspace(0, 255, size, dtype=np.uint8)[:, None, None]  # smooth ones beside noise
         images[2] = np.swapaxes(images[2], 0, 1)
-        found = opened.network.logits(tf.constant(images, tf.float32))
+        return cls.seen(opened, images, images)
+
+    @classmethod
+    def seen(cls, opened: saved.Saved, images: np.ndarray, prepared: np.ndarray) -> _Sample:
+        """Return `images` with the logits of what the network is shown instead, `prepared`."""
+        found = opened.network.logits(tf.constant(prepared, tf.float32))
         return cls(images, {name: value.numpy() for name, value in found.items()})
 
     def written(self, path: Path, logits: dict[str, np.ndarray], *, exact: bool = True) -> Written:
@@ -167,11 +174,9 @@ def _saved_model(model: Any, opened: saved.Saved, out: Path, sample: _Sample) ->
     path, served = out / "saved_model", Served(model, opened)
     signatures = {"serving_default": served.images, "encoded": served.encoded}
     tf.saved_model.save(served, str(path), signatures=signatures)
-    crop = opened.config.eval.crop_ratio
-    if crop:  # pictures of the network's size would be enlarged and cropped: what it sees is compared in between
-        seen = np.stack([views.prepared(opened.config, image).numpy() for image in sample.images])
-        found = opened.network.logits(tf.constant(seen, tf.float32))
-        sample = _Sample(sample.images, {name: value.numpy() for name, value in found.items()})
+    # It prepares pictures itself, those of the network's size too: it is compared on what evaluation makes of them.
+    seen = np.stack([views.prepared(opened.config, image).numpy() for image in sample.images])
+    sample = _Sample.seen(opened, sample.images, seen)
     answer = tf.saved_model.load(str(path)).signatures["serving_default"](images=tf.constant(sample.images))
     return [sample.written(path, {name: answer[f"logits_{name}"].numpy() for name in sample.logits})]
 
@@ -188,8 +193,7 @@ def _tflite(model: Any, opened: saved.Saved, out: Path, sample: _Sample) -> list
     found, config = [], opened.config
     batches = None
     if sources.sizes(config.data) is not None:
-        source = sources.open_source(config.data, config.data.eval_split)
-        batches = stream.evaluation(source, config, batch=config.eval.batch)
+        _, batches = evaluate.split_of(config)
     for kind in lite.KINDS:
         path = out / f"model-{kind}.tflite"
         path.write_bytes(lite.convert(model, kind))
@@ -202,4 +206,3 @@ def _tflite(model: Any, opened: saved.Saved, out: Path, sample: _Sample) -> list
 
 
 _FORMATS: dict[str, Callable[..., list[Written]]] = {"saved_model": _saved_model, "keras": _keras, "tflite": _tflite}
-FORMATS = tuple(_FORMATS)

@@ -33,6 +33,7 @@ def batches(
     replicas = _replicas_here(strategy)
 
     def dataset(_):
+        """Return this process' share of the stream, an element a replica."""
         own = stream.training(
             source,
             config,

@@ -236,6 +236,7 @@ def _search(config, strategy: tf.distribute.Strategy, state: train_step.TrainSta
     variables = [variable for _, variable in state.trainable]
 
     def micro_batch(batch, targets, i):
+        """Return each example's loss [b] and the norm of the gradients of micro-batch `i`."""
         rows = slice(i * micro, (i + 1) * micro)
         images = mixing.images(batch, i * micro, micro)
         with tf.GradientTape() as tape:
@@ -252,6 +253,7 @@ def _search(config, strategy: tf.distribute.Strategy, state: train_step.TrainSta
         return loss, tf.linalg.global_norm(gradients)
 
     def replica(batch, answers):
+        """Return what is known of each example of this replica's slice, gathered from all."""
         targets = None if answers is None else labels.layout(config).targets(answers)
 
         def body(i, each, norms):

@@ -16,6 +16,8 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
+from deit import errors
+
 KINDS = ("float32", "float16", "int8")
 _TIMED = 10  # runs of one picture that the time is the median of
 
@@ -63,4 +65,6 @@ def top1(interpreter: Interpreter, batches: Iterable, *, said: str) -> float:
         kept = batch["weight"].numpy() > 0
         right += int((answer == batch["label"].numpy())[kept].sum())
         count += int(kept.sum())
+    if not count:
+        raise errors.UserError("no image of the evaluation split could be read: there is nothing to measure")
     return right / count

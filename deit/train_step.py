@@ -133,6 +133,7 @@ def make(config, strategy: tf.distribute.Strategy, state: TrainState) -> Callabl
 
     @tf.function(autograph=False)  # every branch and loop is explicit: tracing is shorter without
     def update(batch, answers=None, stop=None):
+        """Compute the gradients, and apply them where they are finite."""
         reduced, sums = strategy.run(gradients, args=(batch, answers, tf.constant(0.0) if stop is None else stop))
         sums = strategy.experimental_local_results(sums)[0]  # equal on all replicas after the all-reduce
         finite = sums[_FINITE] > 0
@@ -176,6 +177,7 @@ def gradient_function(config, state: TrainState) -> Callable:
     compute = _micro_gradients(config, state)
 
     def gradients(batch, answers=None, stop=0.0):
+        """Sum over micro-batches, then once over replicas; scale, measure and clip."""
         told = None if answers is None else labels.layout(config).targets(answers)
         zeros = [tf.zeros(variable.shape, tf.float32) for variable in variables]
         first = tf.stack([_answered(answers), 0.0, 0.0, 0.0])

@@ -42,6 +42,13 @@ def alone(code, directory):
     return done.stdout
 
 
+def logits_alone(opened_and_asked, images, directory):
+    """Return what Python code makes of the array `x`, a dict of arrays, in a process without this package."""
+    np.save(directory / "x.npy", images)
+    alone(f"import numpy as np\nx = np.load('x.npy')\n{opened_and_asked}\nnp.savez('y.npz', **y)\n", directory)
+    return np.load(directory / "y.npz", allow_pickle=False)
+
+
 def own_logits(ckpt, images, weights="raw"):
     network = saved.open_network(ckpt, weights=weights).network
     return {name: value.numpy() for name, value in network.logits(images.astype("f4")).items()}
@@ -78,14 +85,10 @@ def test_plain_tensorflow_answers_files_and_pictures_of_any_size_as_predict_does
 def test_tf_keras_alone_opens_the_keras_file_with_equal_logits(ckpt, exported, tmp_path):
     out, _ = exported
     images = np.random.default_rng(3).uniform(0, 255, [2, 32, 32, 3]).astype("f4")
-    np.save(tmp_path / "x.npy", images)
-    code = (
-        "import numpy as np, tf_keras\n"
-        f"model = tf_keras.models.load_model({str(out / 'model.keras')!r})\n"
-        "np.savez('y.npz', **model.predict(np.load('x.npy'), verbose=0))\n"
+    path = str(out / "model.keras")
+    found = logits_alone(
+        f"import tf_keras; y = tf_keras.models.load_model({path!r}).predict(x, verbose=0)", images, tmp_path
     )
-    alone(code, tmp_path)
-    found = np.load(tmp_path / "y.npz", allow_pickle=False)
     for name, want in own_logits(ckpt, images).items():
         np.testing.assert_allclose(found[name], want, atol=1e-5 * max(1.0, np.abs(want).max()))
 
@@ -167,17 +170,12 @@ def test_tflite_files_answer_in_a_process_of_their_own_and_a_quantised_one_is_sm
     assert exact.top1 == pytest.approx(report.metrics["eval/top1"], abs=1e-9)
     assert all(each.milliseconds > 0 for each in written.values())
     images = np.random.default_rng(3).integers(0, 256, [3, 32, 32, 3]).astype("f4")
-    np.save(tmp_path / "x.npy", images)
-    code = (
-        "import numpy as np, tensorflow as tf\n"
-        f"answer = tf.lite.Interpreter({str(tmp_path / 'out/model-float32.tflite')!r}).get_signature_runner()\n"
-        "np.savez('y.npz', **answer(image=np.load('x.npy')))\n"
+    path = str(tmp_path / "out/model-float32.tflite")
+    found = logits_alone(
+        f"import tensorflow as tf; y = tf.lite.Interpreter({path!r}).get_signature_runner()(image=x)", images, tmp_path
     )
-    alone(code, tmp_path)
     for name, want in own_logits(where, images).items():
-        np.testing.assert_allclose(
-            np.load(tmp_path / "y.npz", allow_pickle=False)[name], want, atol=1e-4 * max(1.0, np.abs(want).max())
-        )
+        np.testing.assert_allclose(found[name], want, atol=1e-4 * max(1.0, np.abs(want).max()))
 
 
 def test_a_quantised_file_that_loses_more_than_a_point_is_told():

@@ -130,7 +130,7 @@ def _reserved(out: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        if out and not out.stat().st_size:
+        if out and out.exists() and not out.stat().st_size:
             out.unlink()
 
 

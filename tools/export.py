@@ -43,7 +43,9 @@ def main(_) -> int:
     from deit import export  # TensorFlow starts only now, with everything checked that can be
 
     logging.set_verbosity(logging.WARNING)  # TensorFlow tells every step of writing a SavedModel
-    written = export.export(CKPT.value, out, formats=FORMATS.value, weights=WEIGHTS.value, force=FORCE.value)
+    written = export.export(
+        CKPT.value, out, formats=list(dict.fromkeys(FORMATS.value)), weights=WEIGHTS.value, force=FORCE.value
+    )
     print("\n".join(lines(out, written)))
     return errors.DONE
 

@@ -59,6 +59,7 @@ def training(
         return tf.cast(tf.random.stateless_uniform(rates.shape, seed) >= rates, tf.float32)
 
     def finish(batch):
+        """Add the draws that belong to positions and not to pictures: kept branches, mixing."""
         positions = batch["position"]
         kept = tf.TensorSpec(rates.shape, tf.float32)
         drawn = {"drop": tf.map_fn(drop, positions, fn_output_signature=kept) if len(drop_rates) else

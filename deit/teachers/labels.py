@@ -112,6 +112,7 @@ def function(config, teacher) -> Callable[[dict[str, tf.Tensor]], Answers]:
         return form.encode(tf.stop_gradient(teacher.logits(mixing.images(batch, start, count))))
 
     def answers(batch):
+        """Answer a replica's whole share, chunk by chunk."""
         size = batch["image"].shape[0]
         count = size // chunk  # full chunks; the rest is one call more
         if chunk == size:
