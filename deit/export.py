@@ -196,9 +196,14 @@ def _tflite(model: Any, opened: saved.Saved, out: Path, sample: _Sample) -> list
         _, batches = evaluate.split_of(config)
     for kind in lite.KINDS:
         path = out / f"model-{kind}.tflite"
-        path.write_bytes(lite.convert(model, kind))
-        interpreter = lite.Interpreter(path.read_bytes(), threads=stream.cores())
-        each = sample.written(path, interpreter.logits(sample.images), exact=kind == "float32")
+        try:
+            path.write_bytes(lite.convert(model, kind))
+            interpreter = lite.Interpreter(path.read_bytes(), threads=stream.cores())
+            logits = interpreter.logits(sample.images)
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[0]
+            raise errors.UserError(f"--formats (tflite): {config.model.variant} does not convert: {why}") from error
+        each = sample.written(path, logits, exact=kind == "float32")
         accuracy = None if batches is None else lite.top1(interpreter, batches, said=f"evaluating {path.name}")
         spent = lite.milliseconds(interpreter, sample.images[0])
         found.append(dataclasses.replace(each, top1=accuracy, milliseconds=spent))

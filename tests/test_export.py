@@ -155,6 +155,19 @@ def test_a_bad_flag_is_one_line(flags, why):
 
 
 @pytest.mark.slow
+def test_a_cnn_is_exported_but_to_tflite_which_is_told_in_one_line(tmp_path):
+    where = family.checkpoint(tmp_path / "ckpt", "groupnorm_resnet", crop_ratio=0.0)
+    with pytest.raises(errors.UserError, match=r"^--formats \(tflite\): groupnorm_resnet does not convert: "):
+        export.export(where, tmp_path / "out", formats=["keras", "tflite"])
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    export.export(where, tmp_path / "out", formats=["saved_model", "keras"])
+    path = str(tmp_path / "out" / "model.keras")
+    code = f"import deit.models.cnn, tf_keras; tf_keras.models.load_model({path!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_tflite_files_answer_in_a_process_of_their_own_and_a_quantised_one_is_smaller(tmp_path):
     def digits(config):
         config.data.name, config.data.train_split, config.data.eval_split = "digits", "train", "test"

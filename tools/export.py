@@ -6,7 +6,7 @@ python tools/export.py --ckpt=RUN|CHECKPOINT --out=DIR [--formats=saved_model,ke
 saved_model: opens in plain TensorFlow; decoding, resizing and class names are inside. serving_default takes images
 uint8 [B, H, W, 3] of any size, encoded takes JPEG or PNG files; both give probabilities, logits and class names.
 keras: model.keras, which tf_keras.models.load_model opens; images [B, S, S, 3] in [0, 255] give logits.
-tflite: model-float32, -float16 and -int8 (dynamic range), images already resized; size, time of a picture and accuracy
+tflite: model-float32, -float16 and -int8 (dynamic range) of a DeiT, images already resized; size, time, and accuracy
 on the evaluation split stand beside each other.
 Each file is read again and compared with the checkpoint's logits before DIR appears.
 """
